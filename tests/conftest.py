@@ -1,0 +1,34 @@
+"""Eight host devices and checked shapes for every test."""
+
+import os
+
+# Before the first import of jax: the device count is fixed when its backend starts.
+if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
+
+from jaxtyping import install_import_hook
+
+install_import_hook("protoclip_jax", "beartype.beartype")
+
+import pytest
+from absl import flags as absl_flags
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_configure(config):
+    # grain's workers read absl flags, which pytest never parses.
+    absl_flags.FLAGS.mark_as_parsed()
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--slow"):
+        return
+    kept = [item for item in items if "slow" not in item.keywords]
+    left = [item for item in items if "slow" in item.keywords]
+    if left:
+        config.hook.pytest_deselected(items=left)
+        items[:] = kept
