@@ -1,0 +1,1 @@
+"""Pairs of pictures and captions, from files to batches."""

