@@ -1,0 +1,1 @@
+"""CLIP with prototypes: models, in JAX."""

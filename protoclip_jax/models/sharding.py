@@ -1,0 +1,91 @@
+"""Where each parameter lives on the mesh: one table, its lookup, and how it is printed."""
+
+import math
+import re
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, PartitionSpec
+
+Tree = dict[str, Any]
+
+# Pattern of the end of a path -> partition, first match. "fsdp" cuts the parameters over the
+# devices that share one copy. Small arrays stay whole: cutting them costs more than it saves.
+TABLE: tuple[tuple[str, PartitionSpec], ...] = (
+    (r"logit_scale(_proto)?", PartitionSpec()),
+    (r"running_(mean|var)", PartitionSpec()),
+    (r"(bias|(bn|ln_)\w*/weight|layers/\d+/weight)", PartitionSpec()),
+    (r"(class|positional)_embedding", PartitionSpec()),
+    (r"visual/conv\d/kernel", PartitionSpec()),
+    (r"conv\d?/kernel", PartitionSpec(None, None, None, "fsdp")),
+    (r"token_embedding", PartitionSpec(None, "fsdp")),
+    (r"(text_projection|visual/proj)", PartitionSpec("fsdp", None)),
+    (r"(c_proj|out_proj)/kernel", PartitionSpec("fsdp", None)),
+    (r"(in_proj|c_fc|[qkv]_proj|layers/\d+)/kernel", PartitionSpec(None, "fsdp")),
+)
+
+
+class ShardingError(ValueError):
+    """A parameter that the table does not know."""
+
+
+def partition_specs(shapes: Tree, mesh: Mesh | None = None) -> Tree:
+    """The partition of every array of a tree of parameters or batch statistics.
+
+    Args:
+      shapes: nested dicts whose leaves have a shape (arrays, or the result of `jax.eval_shape`).
+      mesh: where given, an array that its axes do not divide stays whole.
+
+    Returns:
+      The same tree with a `PartitionSpec` for each leaf.
+
+    Raises:
+      ShardingError: no row of the table matches; names all such paths.
+    """
+    flat, structure = jax.tree_util.tree_flatten_with_path(shapes)
+    specs = [(_path(keys), _lookup(_path(keys)), leaf.shape) for keys, leaf in flat]
+    unknown = [path for path, spec, _ in specs if spec is None]
+    if unknown:
+        raise ShardingError(
+            f"no row of the sharding table matches {', '.join(unknown)}: add one to "
+            "protoclip_jax/models/sharding.py"
+        )
+    leaves = [spec if _divides(spec, shape, mesh) else PartitionSpec() for _, spec, shape in specs]
+    return jax.tree_util.tree_unflatten(structure, leaves)
+
+
+def describe(shapes: Tree, specs: Tree) -> str:
+    """One line an array: path, shape, type and partition; then the totals."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(shapes)
+    rows = [
+        (_path(keys), "x".join(map(str, leaf.shape)) or "scalar", str(leaf.dtype), str(tuple(spec)))
+        for (keys, leaf), spec in zip(
+            flat,
+            jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, PartitionSpec)),
+            strict=True,
+        )
+    ]
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    lines = [
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]])
+        for row in rows
+    ]
+    numbers = sum(math.prod(leaf.shape) for _, leaf in flat)
+    return "\n".join([*lines, f"{len(rows)} arrays, {numbers:,} numbers"])
+
+
+def _path(keys: tuple) -> str:
+    return "/".join(str(key.key) for key in keys)
+
+
+def _lookup(path: str) -> PartitionSpec | None:
+    return next((spec for end, spec in TABLE if re.search(rf"(^|/){end}$", path)), None)
+
+
+def _divides(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh | None) -> bool:
+    if mesh is None:
+        return True
+    return all(
+        axis is None or size % mesh.shape[axis] == 0
+        for axis, size in zip(spec, shape, strict=False)
+    )
