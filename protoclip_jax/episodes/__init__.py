@@ -1,0 +1,1 @@
+"""What happens once an episode: sampling, extraction, clustering, back translation."""
