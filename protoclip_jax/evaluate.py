@@ -1,0 +1,187 @@
+"""Measures a trained model: a table on the screen, and evaluation.json in its workdir.
+
+EmojiText, which comes with the package (zero-shot, linear probe, retrieval, clusters, geometry):
+  python -m protoclip_jax.evaluate --workdir=runs/quickstart
+
+Your own pairs, from a .tsv with a picture and a caption a row (retrieval, geometry):
+  python -m protoclip_jax.evaluate --workdir=runs/mine --source=pairs.tsv
+
+Your own classes, one folder each (zero-shot; with --train-folder also a linear probe):
+  python -m protoclip_jax.evaluate --workdir=runs/mine --folder=birds/test \\
+      --train-folder=birds/train --names=birds/names.json --template="a photo of a {}."
+  python -m protoclip_jax.evaluate --workdir=runs/mine --folder=imagenet/val \\
+      --prompts=imagenet --by-position
+"""
+
+import argparse
+import json
+import logging
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+# Imported late where it takes seconds: --help and a wrong option answer at once.
+
+EMOJI_TEXT = "emoji_text"
+Metrics = dict[str, float]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All options of the command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m protoclip_jax.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--workdir", required=True, type=Path, help="folder of a training run")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--source",
+        default=EMOJI_TEXT,
+        help="emoji_text (default), one of its splits (emoji_text/val), or a pair list (.tsv)",
+    )
+    what.add_argument("--folder", type=Path, help="test pictures, one sub-folder a class")
+    pairs = parser.add_argument_group("with --source=LIST")
+    pairs.add_argument("--image-column", default="filepath", help="default: filepath")
+    pairs.add_argument("--caption-column", default="title", help="default: title")
+    pairs.add_argument("--separator", default="\t", help="one character; default: a tab")
+    pairs.add_argument("--image-root", help="folder of relative paths; default: the list's own")
+    folder = parser.add_argument_group("with --folder")
+    folder.add_argument("--train-folder", type=Path, help="pictures to fit a linear probe on")
+    folder.add_argument(
+        "--names",
+        type=Path,
+        help="class names: .json {folder: name}, or a list, one name a line, that holds every "
+        "folder's name; default: the folder names",
+    )
+    folder.add_argument("--prompts", help="names and templates of a published set, e.g. cifar10")
+    folder.add_argument(
+        "--template",
+        action="append",
+        help="prompt; {} takes the class name; give it several times to average several",
+    )
+    folder.add_argument(
+        "--by-position",
+        action="store_true",
+        help="the i-th name belongs to the i-th folder, sorted; default: match by name",
+    )
+    parser.add_argument("--batch", type=int, default=256, help="pictures at a time; default: 256")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code: 0, or 2 for what cannot be evaluated."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    options = build_parser().parse_args(arguments)
+    try:
+        if not options.workdir.is_dir():
+            raise ValueError(f"{options.workdir} is not a folder: give the --workdir of a run")
+        title, metrics, chance = measure(options)
+        print_table(options, metrics, chance)
+        path = record(options.workdir, title, metrics, chance)
+    except (ValueError, OSError) as error:
+        print(f"protoclip_jax: {error}", file=sys.stderr)
+        return 2
+    print(f"\nwrote {path}")
+    return 0
+
+
+def measure(options: argparse.Namespace) -> tuple[str, Metrics, Metrics]:
+    """What was evaluated, its metrics, and the chance levels."""
+    if options.folder is not None:
+        return _measure_folder(options)
+    if options.source == EMOJI_TEXT:
+        from protoclip_jax.data.emoji_text import EmojiText
+        from protoclip_jax.evaluation import suite
+
+        encoder = _load(options.workdir)
+        sources = [EmojiText(split) for split in ("train", "test", "val")]
+        settings = suite.SuiteSettings(batch=options.batch)
+        metrics = suite.evaluate(encoder, *sources, settings)
+        return EMOJI_TEXT, metrics, suite.chance(*sources, settings)
+    from protoclip_jax.data.sources import open_source
+    from protoclip_jax.evaluation.pairs import evaluate_pairs
+
+    source = open_source(
+        options.source,
+        image_column=options.image_column,
+        caption_column=options.caption_column,
+        separator=options.separator,
+        image_root=options.image_root,
+    )
+    metrics, chance = evaluate_pairs(_load(options.workdir), source, batch=options.batch)
+    return options.source, metrics, chance
+
+
+def _measure_folder(options: argparse.Namespace) -> tuple[str, Metrics, Metrics]:
+    from protoclip_jax.evaluation.folders import evaluate_folder, folder_chance, open_folder
+    from protoclip_jax.evaluation.prompts import prompt_set
+
+    names, templates = options.names, options.template or ["{}"]
+    if options.prompts is not None:
+        published = prompt_set(options.prompts)
+        names = published.names if names is None else names
+        templates = options.template or published.templates
+    roots = [options.folder] + ([options.train_folder] if options.train_folder else [])
+    test, *train = (
+        open_folder(root, names, also=roots, by_position=options.by_position) for root in roots
+    )
+    train = train[0] if train else None
+    metrics = evaluate_folder(
+        _load(options.workdir), test, templates, train=train, batch=options.batch
+    )
+    return str(options.folder), metrics, folder_chance(test, train)
+
+
+def _load(workdir: Path):
+    from protoclip_jax import load
+
+    return load(workdir)
+
+
+def print_table(options: argparse.Namespace, metrics: Metrics, chance: Metrics) -> None:
+    """Prints the metrics beside chance and, for EmojiText, the run's untrained model."""
+    from protoclip_jax.evaluation.table import comparison_table
+
+    columns = {"trained": metrics}
+    if options.folder is None and options.source == EMOJI_TEXT:
+        untrained = untrained_metrics(options.workdir)
+        columns = ({"untrained": untrained} if untrained else {}) | columns
+    print(comparison_table(columns, chance))
+
+
+def untrained_metrics(workdir: Path) -> Metrics:
+    """The evaluation of the run at step 0, from its metrics.jsonl; empty if there was none."""
+    path = workdir / "metrics.jsonl"
+    for text in path.read_text().splitlines() if path.exists() else []:
+        line = json.loads(text)
+        if "zero_shot/top1" in line:
+            values = {name: value for name, value in line.items() if isinstance(value, float)}
+            return values if line.get("step") == 0 else {}
+    return {}
+
+
+def record(workdir: Path, title: str, metrics: Metrics, chance: Metrics) -> Path:
+    """Adds an evaluation to the workdir's evaluation.json, in place of an older one of its name.
+
+    The file is {what: {"metrics": {...}, "chance": {...}}}; values that are not finite are null.
+    """
+    path = workdir / "evaluation.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    known[title] = {"metrics": _finite(metrics), "chance": _finite(chance)}
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(known, indent=1, allow_nan=False) + "\n")
+    part.replace(path)
+    return path
+
+
+def _finite(values: Metrics) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,229 @@
+"""Data sets on disk with one folder a class: `root/class/picture`."""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from protoclip_jax.evaluation import linear_probe, zero_shot
+from protoclip_jax.evaluation.features import Encoder, extract_readable, some
+from protoclip_jax.evaluation.sgd_probe import sgd_probe
+
+EXTENSIONS = (
+    *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".jp2", ".avif"),
+)
+# Training rows x features x classes from which the probe is trained by SGD: an exact fit is a
+# matter of seconds a hundred million.
+EXACT_PROBE = 1e9
+
+Names = Mapping[str, str] | Sequence[str] | str | Path
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """Pictures and classes of one split.
+
+    Attributes:
+        classes: folder names; a picture's label is a position in this list. A class keeps its
+            position when it has no picture here.
+        names: how each class reads in a prompt, in the same order.
+        paths: the pictures, by class and then by path.
+        labels: the class of each picture.
+    """
+
+    classes: tuple[str, ...]
+    names: tuple[str, ...]
+    paths: tuple[Path, ...]
+    labels: Int[np.ndarray, "n"]
+
+    @property
+    def empty(self) -> tuple[str, ...]:
+        """Classes without a picture."""
+        present = set(self.labels.tolist())
+        return tuple(name for i, name in enumerate(self.classes) if i not in present)
+
+
+def open_folder(
+    root: str | Path,
+    names: Names | None = None,
+    *,
+    also: Sequence[str | Path] = (),
+    by_position: bool = False,
+) -> ImageFolder:
+    """Lists the pictures of a folder with one sub-folder a class.
+
+    Classes are numbered over the sub-folders of `root` *and* of the folders in `also`, sorted, so
+    that splits number alike when one of them lacks a class. Sub-folders are searched to any depth.
+
+    Class names are matched with folders **by name**; capitals, `_`, `-` and spaces do not matter:
+    - none: the folder's name, with spaces for `_`, is the class name;
+    - a mapping (or a `.json` object): folder to class name;
+    - a list (or a `.json` list, or a text file with one name a line): every folder must be in
+      it, and the list gives the numbers.
+    A named class without a folder stays in the classifier and is reported as empty.
+
+    Args:
+        root: the folder.
+        names: class names.
+        also: other splits of the same data, for the numbering only.
+        by_position: the i-th name of a list belongs to the i-th folder, sorted. For lists such as
+            ImageNet's whose folders have codes for names; there must be as many names as folders.
+
+    Raises:
+        ValueError: without pictures, or when names and folders do not fit.
+    """
+    root = Path(root)
+    folders = sorted({name for place in (root, *map(Path, also)) for name in _subfolders(place)})
+    classes, class_names = _match(folders, read_names(names), by_position)
+    paths, labels = [], []
+    for label, name in enumerate(classes):
+        found = sorted(path for path in (root / name).rglob("*") if _is_picture(path))
+        paths += found
+        labels += [label] * len(found)
+    if not paths:
+        raise ValueError(f"{root} holds no pictures: wanted {root}/<class>/<picture>")
+    folder = ImageFolder(
+        tuple(classes), tuple(class_names), tuple(paths), np.array(labels, np.int64)
+    )
+    if folder.empty:
+        logger.warning(
+            "%s: %d of %d classes have no picture: %s",
+            root, len(folder.empty), len(classes), some(folder.empty),
+        )  # fmt: skip
+    return folder
+
+
+def read_names(names: Names | None) -> Mapping[str, str] | list[str] | None:
+    """Class names from a `.json` object or list, or from a text file with one name a line."""
+    if names is None or not isinstance(names, (str, Path)):
+        return names if names is None or isinstance(names, Mapping) else list(names)
+    text = Path(names).read_text("utf-8-sig")
+    if Path(names).suffix.lower() != ".json":
+        return [line.strip() for line in text.splitlines() if line.strip()]
+    content = json.loads(text)
+    values = content.values() if isinstance(content, dict) else content
+    if not isinstance(content, (dict, list)) or not all(isinstance(v, str) for v in values):
+        raise ValueError(
+            f"{names}: wanted an object {{folder: class name}} or a list of class names"
+        )
+    return content
+
+
+def evaluate_folder(
+    encoder: Encoder,
+    test: ImageFolder,
+    templates: Sequence[str] = ("{}",),
+    *,
+    train: ImageFolder | None = None,
+    batch: int = 256,
+    threads: int | None = None,
+) -> dict[str, float]:
+    """Zero-shot accuracy on `test`, and a linear probe if there is a `train` to fit it on.
+
+    An unreadable picture is left out, counted in the result and named in a warning.
+
+    Args:
+        encoder: the model.
+        test: the split that is measured.
+        templates: prompts; `{}` takes the class name.
+        train: the split a linear probe is trained on, with the same classes.
+        batch: pictures encoded at a time.
+        threads: decoding threads.
+
+    Returns:
+        `zero_shot/top1`, `zero_shot/top5` (from six classes up), `linear_probe/top1`, in percent;
+        `data/pictures`, `data/unreadable` and `data/empty_classes` of the test split.
+    """
+    if train is not None and train.classes != test.classes:
+        raise ValueError(
+            f"the training split numbers {len(train.classes)} classes otherwise than the test "
+            f"split its {len(test.classes)}: open each with the other in `also`"
+        )
+    features, labels = folder_features(encoder, test, batch=batch, threads=threads)
+    classifier = zero_shot.build_classifier(encoder, test.names, templates)
+    accuracy = zero_shot.top_k_accuracy(features, classifier, labels)
+    metrics = {f"zero_shot/{name}": value for name, value in accuracy.items()}
+    if train is not None:
+        train_features, train_labels = folder_features(encoder, train, batch=batch, threads=threads)
+        exact = train_features.size * len(train.classes) < EXACT_PROBE
+        probe = linear_probe.linear_probe if exact else sgd_probe
+        metrics["linear_probe/top1"] = probe(train_features, train_labels, features, labels).top1
+    metrics["data/pictures"] = float(len(labels))
+    metrics["data/unreadable"] = float(len(test.paths) - len(labels))
+    metrics["data/empty_classes"] = float(len(test.empty))
+    return metrics
+
+
+def folder_chance(test: ImageFolder, train: ImageFolder | None = None) -> dict[str, float]:
+    """Chance levels for `evaluate_folder`, under the same names."""
+    levels = {f"zero_shot/{k}": v for k, v in zero_shot.chance(len(test.classes)).items()}
+    if train is not None:
+        levels["linear_probe/top1"] = linear_probe.chance(train.labels, test.labels)
+    return levels
+
+
+def folder_features(
+    encoder: Encoder, folder: ImageFolder, *, batch: int = 256, threads: int | None = None
+) -> tuple[Float[np.ndarray, "n e"], Int[np.ndarray, "n"]]:
+    """Features and labels of the pictures that can be read; the others are named in a warning."""
+    features, readable = extract_readable(
+        encoder,
+        lambda row: folder.paths[row].read_bytes(),
+        len(folder.paths),
+        name=lambda row: str(folder.paths[row]),
+        batch=batch,
+        threads=threads,
+    )
+    return features, folder.labels[readable]
+
+
+def _subfolders(root: Path) -> list[str]:
+    if not root.is_dir():
+        raise ValueError(f"{root} is not a folder: wanted one with a sub-folder for every class")
+    return [path.name for path in root.iterdir() if path.is_dir() and path.name[0] != "."]
+
+
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower() in EXTENSIONS and path.name[0] != "." and path.is_file()
+
+
+def _match(folders: list[str], names, by_position: bool) -> tuple[list[str], list[str]]:
+    """Folders by class number, and each one's class name."""
+    if names is None:
+        return folders, [folder.replace("_", " ") for folder in folders]
+    if by_position:
+        if isinstance(names, Mapping) or len(names) != len(folders):
+            raise ValueError(
+                f"found {len(folders)} folders and {len(names)} names: by position wants a list "
+                "with one name a folder"
+            )
+        return folders, list(names)
+    # Exact names where they all fit: two folders may differ in capitals only.
+    key = str if set(folders) <= set(names) else _key
+    table = {key(name): name for name in names}
+    if len(table) < len(names):
+        raise ValueError(f"{len(names) - len(table)} of {len(names)} names occur more than once")
+    unnamed = [folder for folder in folders if key(folder) not in table]
+    if unnamed:
+        raise ValueError(
+            f"found {len(folders)} folders and {len(names)} names; names are matched by name, and "
+            f"{len(unnamed)} folders have none: {some(unnamed)}. Name every folder, or map each "
+            "to its class name in a JSON object, or ask for names by position"
+        )
+    on_disk = {key(folder): folder for folder in folders}
+    classes = [on_disk.get(key(name), name) for name in names]
+    if isinstance(names, Mapping):
+        classes.sort()
+        return classes, [names[table[key(name)]] for name in classes]
+    return classes, list(names)
+
+
+def _key(name: str) -> str:
+    return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())

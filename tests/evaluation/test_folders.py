@@ -1,0 +1,149 @@
+import json
+
+import numpy as np
+import pytest
+from evaluation_fakes import FakeEncoder, FakeSource
+
+from protoclip_jax.evaluation import folders
+from protoclip_jax.evaluation.folders import evaluate_folder, folder_chance, open_folder
+from protoclip_jax.evaluation.prompts import prompt_set, prompt_sets
+
+
+def write(root, pictures):
+    """`{"folder/name.png": colour}`; a colour that is bytes is written as it is."""
+    for path, colour in pictures.items():
+        file = root / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(colour if isinstance(colour, bytes) else FakeSource([colour]).read(0)[0])
+    return root
+
+
+@pytest.fixture
+def root(tmp_path):
+    pictures = {f"{c}/{i}.png": c for c in ("red", "green", "blue", "white", "black", "pink")
+                for i in range(2)}  # fmt: skip
+    return write(tmp_path / "test", pictures)
+
+
+def test_folder_names_serve_as_class_names(root):
+    found = open_folder(root)
+    assert found.classes == ("black", "blue", "green", "pink", "red", "white")
+    assert [found.classes[i] for i in found.labels] == [p.parent.name for p in found.paths]
+    metrics = evaluate_folder(FakeEncoder(), found, ["{}", "all {} here"], batch=5)
+    assert metrics == {
+        "zero_shot/top1": 100.0, "zero_shot/top5": 100.0,
+        "data/pictures": 12.0, "data/unreadable": 0.0, "data/empty_classes": 0.0,
+    }  # fmt: skip
+    assert folder_chance(found) == pytest.approx(
+        {"zero_shot/top1": 100 / 6, "zero_shot/top5": 500 / 6}
+    )
+
+
+def test_names_match_whatever_their_spelling(tmp_path):
+    root = write(tmp_path, {"Sea_Lion/a.png": "red", "bald-eagle/a.png": "blue"})
+    found = open_folder(root, ["bald eagle", "sea lion", "tern"])
+    assert found.classes == ("bald-eagle", "Sea_Lion", "tern")
+    assert found.names == ("bald eagle", "sea lion", "tern")
+    assert [p.parent.name for p in found.paths] == ["bald-eagle", "Sea_Lion"]
+    assert found.labels.tolist() == [0, 1]
+    assert found.empty == ("tern",)
+
+
+def test_folders_that_differ_in_capitals_stay_apart(tmp_path):
+    root = write(tmp_path, {"A_b/a.png": "red", "a-b/a.png": "blue"})
+    assert open_folder(root, ["a-b", "A_b"]).labels.tolist() == [0, 1]
+
+
+def test_names_by_position_only_when_asked(tmp_path):
+    root = write(tmp_path, {"n01/a.png": "red", "n02/a.png": "blue"})
+    with pytest.raises(ValueError, match="2 folders have none: n01, n02"):
+        open_folder(root, ["red", "blue"])
+    assert open_folder(root, ["red", "blue"], by_position=True).names == ("red", "blue")
+    for wrong in (["red"], {"n01": "red", "n02": "blue"}):
+        with pytest.raises(ValueError, match="by position wants a list"):
+            open_folder(root, wrong, by_position=True)
+
+
+def test_names_from_files(tmp_path, root):
+    order = ["white", "red", "pink", "black", "green", "blue"]
+    text, array, table = tmp_path / "n.txt", tmp_path / "a.json", tmp_path / "t.json"
+    text.write_text("\n".join(order) + "\n\n")
+    array.write_text(json.dumps(order))
+    table.write_text(json.dumps({name: name.upper() for name in order}))
+    assert open_folder(root, text).classes == open_folder(root, array).classes == tuple(order)
+    assert open_folder(root, table).names == tuple(sorted(n.upper() for n in order))
+    array.write_text("[1, 2]")
+    with pytest.raises(ValueError, match="wanted an object"):
+        open_folder(root, array)
+
+
+def test_files_that_are_no_pictures_are_passed_over(tmp_path):
+    root = write(
+        tmp_path,
+        {
+            "red/deep/er/a.PNG": "red",
+            "red/.hidden.png": b"",
+            "red/notes.txt": b"",
+            ".git/a.png": "red",
+        },
+    )
+    found = open_folder(root)
+    assert found.classes == ("red",)
+    assert len(found.paths) == 1
+
+
+def test_unreadable_pictures_are_counted_and_named(root, caplog):
+    write(root, {"blue/broken.png": b"<html>", "red/empty.jpg": b""})
+    metrics = evaluate_folder(FakeEncoder(), open_folder(root))
+    assert metrics["data/unreadable"] == 2
+    assert metrics["data/pictures"] == 12
+    assert metrics["zero_shot/top1"] == 100
+    assert "left out 2 of 14 pictures" in caplog.text
+    assert "broken.png" in caplog.text
+
+
+def test_linear_probe_needs_splits_numbered_alike(tmp_path):
+    colours = ("red", "green", "blue")
+    train = write(tmp_path / "train", {f"{c}/{i}.png": c for c in colours for i in range(6)})
+    test = write(tmp_path / "test", {f"{c}/0.png": c for c in ("red", "blue")})
+    roots = (test, train)
+    test_split, train_split = (open_folder(root, also=roots) for root in roots)
+    metrics = evaluate_folder(FakeEncoder(), test_split, train=train_split)
+    assert metrics["linear_probe/top1"] == 100
+    assert folder_chance(test_split, train_split)["linear_probe/top1"] == 50
+    with pytest.raises(ValueError, match="open each with the other in `also`"):
+        evaluate_folder(FakeEncoder(), open_folder(test), train=train_split)
+
+
+def test_large_training_sets_take_the_sgd_probe(tmp_path, monkeypatch):
+    colours = ("red", "green", "blue")
+    root = write(tmp_path, {f"{c}/{i}.png": c for c in colours for i in range(6)})
+    monkeypatch.setattr(folders, "EXACT_PROBE", 18 * 4 * 3)
+    monkeypatch.setattr(folders.linear_probe, "linear_probe", None)
+    split = open_folder(root)
+    assert evaluate_folder(FakeEncoder(), split, train=split)["linear_probe/top1"] == 100
+
+
+def test_user_errors_say_what_was_found(tmp_path):
+    with pytest.raises(ValueError, match="is not a folder"):
+        open_folder(tmp_path / "absent")
+    (tmp_path / "red").mkdir()
+    with pytest.raises(ValueError, match="holds no pictures"):
+        open_folder(tmp_path)
+    with pytest.raises(ValueError, match="1 of 3 names occur more than once"):
+        open_folder(tmp_path, ["red", "blue", "red"])
+    with pytest.raises(ValueError, match="unknown prompt set 'cifar': wanted one of birdsnap"):
+        prompt_set("cifar")
+
+
+def test_published_prompts_are_complete():
+    counts = {name: len(prompt_set(name).names) for name in prompt_sets()}
+    assert counts["imagenet"] == 1000
+    assert counts["cifar10"] == 10
+    assert len(counts) == 10
+    for name in counts:
+        assert all("{}" in template for template in prompt_set(name).templates)
+
+
+def test_labels_are_int64_for_indexing(root):
+    assert open_folder(root).labels.dtype == np.int64
