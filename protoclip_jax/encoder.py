@@ -1,0 +1,111 @@
+"""A trained model as people use it: pictures and texts in, features out."""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Float
+from PIL import Image
+
+from protoclip_jax.data import augmentation, decoding
+from protoclip_jax.data.padding import without_padding
+from protoclip_jax.data.tokenizer import Tokenizer
+from protoclip_jax.models import clip, normalization
+from protoclip_jax.models.presets import CLIPConfig
+
+Picture = Image.Image | np.ndarray | str | Path | bytes
+
+
+class Encoder:
+    """Image and text towers with their preprocessing.
+
+    Attributes:
+      config: the model.
+      params, batch_stats: plain nested dicts of arrays.
+      image_size: side of the square the image tower sees, in pixels.
+    """
+
+    def __init__(
+        self,
+        config: CLIPConfig,
+        graphdef: nnx.GraphDef,
+        params: dict[str, Any],
+        batch_stats: dict[str, Any],
+        *,
+        batch: int = 256,
+    ):
+        self.config = config
+        self.params, self.batch_stats = params, batch_stats
+        self.image_size = config.vision.image_size
+        self._batch = batch
+        self._tokenizer = Tokenizer(config.text.context_length)
+
+        @jax.jit
+        def image_features(params, batch_stats, images):
+            images = augmentation.normalise(images)
+            return _unit(clip.apply_image(graphdef, params, batch_stats, images))
+
+        @jax.jit
+        def text_features(params, batch_stats, tokens):
+            return _unit(clip.apply_text(graphdef, params, batch_stats, tokens))
+
+        self._image_features, self._text_features = image_features, text_features
+
+    def encode_image(self, images: np.ndarray | Sequence[Picture]) -> Float[np.ndarray, "n e"]:
+        """L2-normalised image features.
+
+        Args:
+          images: uint8 (n, h, w, 3), or a sequence of PIL images, paths, encoded bytes or uint8
+            (h, w, 3) arrays. Each is resized by its shorter side and centre-cropped.
+
+        Raises:
+          UnreadableImage: a file that is no picture.
+        """
+        pixels = (self._pixels(image) for image in images)
+        return self._in_batches(self._image_features, pixels)
+
+    def encode_text(self, texts: str | Sequence[str]) -> Float[np.ndarray, "n e"]:
+        """L2-normalised text features; a caption beyond the context is cut, its end token kept."""
+        tokens = without_padding(
+            self._tokenizer([texts] if isinstance(texts, str) else list(texts))
+        )
+        return self._in_batches(self._text_features, iter(tokens))
+
+    def _pixels(self, image: Picture) -> np.ndarray:
+        if isinstance(image, (str, Path)):
+            image = Path(image).read_bytes()
+        if isinstance(image, bytes):
+            image = decoding.decode(image)
+        if isinstance(image, np.ndarray):
+            if image.shape == (self.image_size, self.image_size, 3):
+                return image
+            image = Image.fromarray(image)
+        return decoding.evaluation_crop(image, self.image_size)
+
+    def _in_batches(self, function: Callable, rows: Iterable[np.ndarray]) -> np.ndarray:
+        """Applies a compiled function to batches of one fixed size."""
+        features, held = [], []
+
+        def flush():
+            count = len(held)
+            block = np.stack(held + [held[-1]] * (self._batch - count))
+            held.clear()
+            return function(self.params, self.batch_stats, block)[:count]
+
+        for row in rows:
+            held.append(row)
+            if len(held) == self._batch:
+                features.append(flush())
+        if held:
+            features.append(flush())
+        if not features:
+            return np.zeros((0, self.config.embed_dim), np.float32)
+        return np.concatenate([np.asarray(block, np.float32) for block in features])
+
+
+def _unit(features: jax.Array) -> jax.Array:
+    return normalization.unit(features.astype(jnp.float32))

@@ -1,0 +1,124 @@
+"""Where the numbers of a run go: metrics.jsonl, TensorBoard events, Weights & Biases."""
+
+import json
+import math
+from pathlib import Path
+
+import jax
+from tensorboardX import SummaryWriter
+
+from protoclip_jax.config import Config, ConfigError
+
+
+class MetricLog:
+    """Writes one line a call to `metrics.jsonl`, and the same numbers as TensorBoard events.
+
+    Lines of steps after `step` are dropped at the start: a run that resumes writes them again.
+    """
+
+    def __init__(self, workdir: Path, config: Config, step: int):
+        self._path = workdir / "metrics.jsonl"
+        lines = read_metrics(workdir)
+        kept = [line for line in lines if line["step"] <= step]
+        if len(kept) < len(lines):
+            self._path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self._file = self._path.open("a")
+        self._events = None
+        if config.log.tensorboard:
+            self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        self._wandb = _start_wandb(config, workdir) if config.log.wandb_project else None
+
+    def write(self, step: int, episode: int, phase: str, values: dict[str, float]) -> None:
+        """Records numbers of a step; values that are not finite become null in the JSON."""
+        line = {"step": step, "episode": episode, "phase": phase}
+        line |= {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        if self._events is not None:
+            for name, value in values.items():
+                self._events.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(values | {"episode": episode}, step=step)
+
+    def close(self) -> None:
+        """Flushes everything."""
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+class Meter:
+    """Means of metrics that stay on the devices until somebody asks."""
+
+    def __init__(self):
+        self._waiting: list[dict[str, jax.Array]] = []
+        self._sums: dict[str, float] = {}
+        self._count = 0
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def add(self, metrics: dict[str, jax.Array]) -> None:
+        """Keeps the metrics of a step without waiting for them."""
+        self._waiting.append(metrics)
+
+    def take(self, into: "Meter") -> dict[str, float]:
+        """Fetches what waits, adds it to another meter, and returns its mean."""
+        fetched = jax.device_get(self._waiting)
+        self._waiting = []
+        sums = {name: float(sum(row[name] for row in fetched)) for name in fetched[0]}
+        for name, value in sums.items():
+            into._sums[name] = into._sums.get(name, 0.0) + value
+        into._count += len(fetched)
+        return {name: value / len(fetched) for name, value in sums.items()}
+
+    def mean(self) -> dict[str, float]:
+        """Mean of all that was added by `take`."""
+        return {name: value / self._count for name, value in self._sums.items()}
+
+
+def read_metrics(workdir: Path) -> list[dict]:
+    """The lines of `metrics.jsonl`; a last line cut by a kill is left out."""
+    path = workdir / "metrics.jsonl"
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
+def check_wandb(config: Config) -> None:
+    """Refuses a recipe that wants Weights & Biases where it is not installed.
+
+    Raises:
+      ConfigError: the extra is missing.
+    """
+    if config.log.wandb_project:
+        try:
+            import wandb  # noqa: F401
+        except ImportError:
+            raise ConfigError(
+                f"log.wandb_project={config.log.wandb_project!r} needs the wandb extra: "
+                "pip install 'protoclip_jax[wandb]'"
+            ) from None
+
+
+def _start_wandb(config: Config, workdir: Path):
+    import dataclasses
+
+    import wandb
+
+    # One id a workdir: a run that resumes goes on in the same chart.
+    return wandb.init(
+        project=config.log.wandb_project,
+        id=workdir.name,
+        dir=str(workdir),
+        resume="allow",
+        config=dataclasses.asdict(config),
+    )

@@ -1,0 +1,92 @@
+"""What a workdir says of its run: recipe, versions, commit; and whether a recipe still fits it."""
+
+import dataclasses
+import json
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import jax
+
+from protoclip_jax.config import Config, ConfigError, flatten
+from protoclip_jax.training.checkpoint import differences
+
+RECIPE_FILE = "recipe.json"
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+# What may differ between a stop and a resume without changing any number of the run.
+HARMLESS = ("log.", "checkpoint.", "evaluation.", "data.workers", "data.threads", "mesh.")
+
+
+def write(workdir: Path, config: Config) -> None:
+    """Stores the resolved recipe with versions, commit and devices in `recipe.json`."""
+    devices = jax.devices()
+    record = {
+        **meta(config),
+        "versions": {name: metadata.version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "commit": _commit(),
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+    }
+    (workdir / RECIPE_FILE).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def read(workdir: Path) -> dict:
+    """The record of a workdir.
+
+    Raises:
+      ConfigError: there is none.
+    """
+    path = workdir / RECIPE_FILE
+    if not path.exists():
+        raise ConfigError(f"{workdir} is no workdir of a run: it has no {RECIPE_FILE}")
+    return json.loads(path.read_text())
+
+
+def meta(config: Config) -> dict:
+    """What a checkpoint says of its recipe."""
+    return {"recipe": flatten(dataclasses.asdict(config))}
+
+
+def check_resumable(workdir: Path, stored: dict, wanted: dict) -> None:
+    """Refuses to go on with another recipe, source or teacher than the checkpoint's.
+
+    Args:
+      workdir: for the message.
+      stored: the checkpoint's JSON values: `meta` and the fingerprints of the input.
+      wanted: the same of this process.
+
+    Raises:
+      ConfigError: lists every difference that changes the run.
+    """
+    lines = [
+        line
+        for line in differences(stored["recipe"], wanted["recipe"])
+        if not line.startswith(HARMLESS)
+    ]
+    lines += differences(
+        {name: value for name, value in stored.items() if name != "recipe"},
+        {name: value for name, value in wanted.items() if name != "recipe"},
+    )
+    if lines:
+        raise ConfigError(
+            f"{workdir} holds another run: give its own recipe, or a new --workdir. "
+            "Differences:\n  " + "\n  ".join(lines)
+        )
+
+
+def _commit() -> str | None:
+    """Commit of the code when it runs from a git checkout, with + for uncommitted changes."""
+    folder = Path(__file__).parent
+    try:
+        head = _git(folder, "rev-parse", "HEAD")
+        return head + ("+" if _git(folder, "status", "--porcelain", "--", str(folder)) else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+    return result.stdout.strip()

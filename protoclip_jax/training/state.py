@@ -1,0 +1,89 @@
+"""The TrainState: plain nested dicts on a mesh, each array made where it will lie."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from protoclip_jax.config import Config, ConfigError
+from protoclip_jax.models import clip, sharding
+from protoclip_jax.models.presets import CLIPConfig, ProjectionConfig, preset
+from protoclip_jax.training import optimizer, step
+
+BATCH_AXES = ("data", "fsdp")
+
+
+def make_mesh(fsdp: int = 1) -> Mesh:
+    """All devices as (data, fsdp). The batch is spread over both axes."""
+    shape = (jax.device_count() // fsdp, fsdp)
+    return jax.make_mesh(shape, BATCH_AXES, axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def model_of(config: Config) -> CLIPConfig:
+    """The model of a recipe.
+
+    Raises:
+      ConfigError: no such preset; the nearest is named.
+    """
+    model = config.model
+    try:
+        chosen = preset(model.name)
+    except ValueError as error:
+        raise ConfigError(f"config.model.name={model.name}: {error}") from error
+    projection = None
+    if model.projection is not None:
+        projection = ProjectionConfig(
+            model.projection, model.projection_hidden, model.projection_width
+        )
+    return dataclasses.replace(
+        chosen, projection=projection, batch_norm_group=model.batch_norm_group
+    )
+
+
+def shapes(config: Config) -> tuple[nnx.GraphDef, dict[str, Any]]:
+    """The model's definition, and shapes and types of the TrainState, without allocating it."""
+    model, dtype = model_of(config), jnp.dtype(config.model.dtype)
+    graphdef, params, stats = jax.eval_shape(lambda: clip.initialise(model, config.seed, dtype))
+    return graphdef, jax.eval_shape(lambda p, s: _fresh(config, p, s), params, stats)
+
+
+def create(config: Config, mesh: Mesh) -> tuple[nnx.GraphDef, dict[str, Any]]:
+    """Initialises model and optimizer.
+
+    Returns:
+      graphdef: the model without its arrays.
+      state: {"step": int32, "params", "batch_stats", "opt_state"}.
+    """
+    model, dtype = model_of(config), jnp.dtype(config.model.dtype)
+
+    def fresh():
+        _, params, stats = clip.initialise(model, config.seed, dtype)
+        return _fresh(config, params, stats)
+
+    graphdef, like = shapes(config)
+    return graphdef, jax.jit(fresh, out_shardings=shardings(like, mesh))()
+
+
+def shardings(state: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
+    """Where every array of a TrainState lies: the model's table, moments beside their weights."""
+    whole = PartitionSpec()
+    specs = sharding.partition_specs(state["params"])
+    tree = {
+        "step": whole,
+        "params": specs,
+        "batch_stats": jax.tree.map(lambda _: whole, state["batch_stats"]),
+        "opt_state": optimizer.state_like(specs, whole),
+    }
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), tree)
+
+
+def _fresh(config: Config, params: dict, batch_stats: dict) -> dict[str, Any]:
+    return {
+        "step": jnp.zeros((), jnp.int32),
+        "params": params,
+        "batch_stats": batch_stats,
+        "opt_state": optimizer.init(params, step.optimizer_settings(config)),
+    }

@@ -1,0 +1,153 @@
+"""One training step: a pure function of (state, batch, prototypes), compiled once a phase."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from protoclip_jax.config import Config
+from protoclip_jax.data import augmentation, pipeline
+from protoclip_jax.models import clip
+from protoclip_jax.objectives.total import total_loss
+from protoclip_jax.training import optimizer, schedule
+from protoclip_jax.training.phases import Phase
+
+State = dict[str, Any]
+Step = Callable[[State, dict, dict | None], tuple[State, dict[str, jax.Array]]]
+
+
+def schedule_settings(config: Config) -> schedule.ScheduleSettings:
+    """The learning-rate schedule of a recipe, in steps."""
+    episode, settings, steps = config.episode, config.optimizer, config.steps_per_episode
+    end = episode.count if settings.text_end_episode is None else settings.text_end_episode
+    rate = settings.learning_rate
+    return schedule.ScheduleSettings(
+        total_steps=config.total_steps,
+        warmup_steps=settings.warmup_steps,
+        image_steps=(episode.count - episode.locked) * steps,
+        text_start_step=settings.text_start_episode * steps,
+        text_end_step=end * steps,
+        lr=rate,
+        lr_text=rate if settings.text_learning_rate is None else settings.text_learning_rate,
+        parity=settings.parity_schedule,
+    )
+
+
+def optimizer_settings(config: Config) -> optimizer.OptimizerSettings:
+    """AdamW's settings of a recipe."""
+    settings = config.optimizer
+    return optimizer.OptimizerSettings(
+        beta1=settings.beta1,
+        beta2=settings.beta2,
+        eps=settings.epsilon,
+        weight_decay=settings.weight_decay,
+        clip_norm=settings.clip_norm,
+    )
+
+
+def make_train_step(
+    graphdef: nnx.GraphDef, config: Config, phase: Phase, mesh: Mesh | None = None
+) -> Step:
+    """Builds the step of a phase; the caller compiles it.
+
+    The step takes
+      state: {"step", "params", "batch_stats", "opt_state"},
+      batch: "image" (b, h, w, 3), uint8 or already normalised floats; "tokens" int32 (b, t);
+        "position" int32 (b,), places in the episode; "labels": cluster of every row by teacher
+        ("image", "text", "external") in a prototype episode,
+      prototypes: what `episodes.prototypes.build_prototypes` returns, or None;
+    and returns the next state and float32 scalars.
+    """
+    rates = schedule.learning_rates(schedule_settings(config))
+    adamw = optimizer_settings(config)
+    prepare = image_preparation(config, "train")
+
+    def train_step(state, batch, prototypes):
+        params, step = state["params"], state["step"]
+        episode = step // config.steps_per_episode
+        images = prepare(batch["image"], episode, batch["position"])
+
+        def loss_of(params):
+            features, stats = clip.apply(
+                graphdef,
+                _without_gradient(params, phase.trained),
+                state["batch_stats"],
+                images,
+                batch["tokens"],
+                train=True,
+                train_image=phase.train_image,
+                project=phase.project,
+            )
+            loss, metrics = total_loss(
+                features,
+                _logit_scales(params),
+                batch.get("labels", {}),
+                prototypes or {},
+                phase.weights,
+                temperature=config.objective.temperature,
+                back_translation=config.objective.back_translation,
+                mask_unused=config.objective.mask_unused,
+                compute_all=phase.compute_all,
+                mesh=mesh,
+            )
+            return loss, (metrics, stats)
+
+        grads, (metrics, stats) = jax.grad(loss_of, has_aux=True)(params)
+        lrs = rates(step)
+        params, opt_state, norms = optimizer.update(
+            grads, state["opt_state"], params, lrs, adamw, phase.trained
+        )
+        metrics |= norms | {f"learning_rate/{tower}": rate for tower, rate in lrs.items()}
+        metrics |= {f"{name}_after": value for name, value in _logit_scales(params).items()}
+        new_state = {
+            "step": step + 1,
+            "params": params,
+            "batch_stats": stats,
+            "opt_state": opt_state,
+        }
+        return new_state, metrics
+
+    return train_step
+
+
+def image_preparation(config: Config, purpose: str) -> Callable[..., jax.Array]:
+    """The device's part of preparing pictures: colour augmentation and normalisation.
+
+    Args:
+      config: the recipe.
+      purpose: "train" or "extract": each pass has its own random stream.
+
+    Returns:
+      (images, episode, positions) -> normalised pictures. Floats are taken as normalised already.
+    """
+    chosen = augmentation.augmentation_named(config.data.augmentation)
+    colour = chosen.colour if chosen else None
+    if purpose == "extract" and not config.data.augment_extraction:
+        colour = None
+
+    def prepare(images, episode, positions):
+        if images.dtype != jnp.uint8:
+            return images
+        images = augmentation.unit(images)
+        if colour is not None:
+            number = pipeline.PASSES[purpose]
+            keys = augmentation.sample_keys(config.seed, episode, number, positions)
+            images = augmentation.colour(images, keys, colour)
+        return augmentation.normalise(images)
+
+    return prepare
+
+
+def _logit_scales(params: dict) -> dict[str, jax.Array]:
+    return {name: params[name] for name in ("logit_scale", "logit_scale_proto") if name in params}
+
+
+def _without_gradient(params: dict, trained: tuple[str, ...]) -> dict:
+    """Stops the gradient of parameters that do not move, so that XLA leaves their backward out."""
+    moving = optimizer.merge(*(optimizer.select(params, group) for group in trained))
+    still = [group for group in optimizer.GROUPS if group not in trained]
+    held = (jax.lax.stop_gradient(optimizer.select(params, group)) for group in still)
+    return optimizer.merge(moving, *held)

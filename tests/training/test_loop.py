@@ -1,0 +1,201 @@
+"""The trainer, on runs of a few seconds."""
+
+import jax
+import numpy as np
+import pytest
+from tiny_run import metrics, small_config, tiny_models, write_pairs  # noqa: F401 (a fixture)
+
+import protoclip_jax
+from protoclip_jax.config import ConfigError
+from protoclip_jax.training import loop
+from protoclip_jax.training.checkpoint import Checkpoints
+
+pytestmark = [pytest.mark.usefixtures("tiny_models")]
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    return write_pairs(tmp_path / "data")
+
+
+def teacher(tmp_path, rows: int = 40):
+    path = tmp_path / "teacher.npy"
+    np.save(path, np.random.default_rng(1).normal(size=(rows, 5)).astype(np.float32))
+    return path
+
+
+def three_phases(pairs, tmp_path, **overrides):
+    """One episode of each phase, with a teacher."""
+    settings = {
+        "episode__count": 3,
+        "episode__warmup": 1,
+        "episode__locked": 1,
+        "data__teacher": teacher(tmp_path),
+        "objective__external": 1,
+    }
+    return small_config(pairs, num_devices=8, **(settings | overrides))
+
+
+def final_state(config, workdir):
+    """Parameters and everything else as the run leaves them."""
+    trainer = loop.Trainer(config, workdir)
+    try:
+        return jax.device_get(trainer.state)
+    finally:
+        trainer.close()
+
+
+def assert_equal_trees(left, right):
+    jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
+@pytest.mark.core
+def test_run_goes_through_the_three_phases_and_can_be_loaded(pairs, tmp_path, capsys):
+    config, workdir = three_phases(pairs, tmp_path), tmp_path / "run"
+    loop.train(config, workdir)
+    lines = metrics(workdir)
+    assert [line["phase"] for line in lines if "seconds/train" in line] == [
+        "warmup",
+        "prototype",
+        "locked",
+    ]
+    assert lines[-1]["step"] == 9 == config.total_steps
+    prototype = next(line for line in lines if line["phase"] == "prototype")
+    warmup = next(line for line in lines if line["phase"] == "warmup")
+    assert {"train/loss/prototype", "train/loss/external"} <= prototype.keys()
+    assert "train/loss/prototype" not in warmup
+    assert next(line for line in lines if "clusters/image_used" in line)["clusters/image_used"] > 1
+
+    model = protoclip_jax.load(workdir)
+    images = np.zeros((3, 50, 40, 3), np.uint8)
+    assert model.encode_image(images).shape == (3, 16)
+    texts = model.encode_text(["a red kite", "two"])
+    np.testing.assert_allclose(np.linalg.norm(texts, axis=1), 1, rtol=1e-5)
+
+    loop.train(config, workdir)  # again: nothing left to do
+    assert "is finished" in capsys.readouterr().err
+    assert len(metrics(workdir)) == len(lines)
+
+
+@pytest.mark.core
+def test_stopped_run_goes_on_bit_for_bit(pairs, tmp_path, monkeypatch):
+    config = three_phases(pairs, tmp_path, data__augmentation="light")
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    loop.train(config, whole)
+
+    run_episode = loop.Trainer.run_episode
+
+    def stops_before_the_last(self, episode):
+        if episode == 2:
+            raise KeyboardInterrupt
+        run_episode(self, episode)
+
+    monkeypatch.setattr(loop.Trainer, "run_episode", stops_before_the_last)
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(config, broken)
+    monkeypatch.undo()
+    from tiny_run import MODELS
+
+    from protoclip_jax.models import presets
+
+    for name, model in MODELS.items():
+        monkeypatch.setitem(presets.PRESETS, name, model)
+    assert Checkpoints(broken, read_only=True).latest() == 6
+    loop.train(config, broken)
+    assert_equal_trees(final_state(config, whole), final_state(config, broken))
+    # The log has every step once, with the same numbers.
+    for left, right in zip(metrics(whole), metrics(broken), strict=True):
+        numbers = [name for name in left if not name.startswith("seconds/")]
+        assert {name: left[name] for name in numbers} == {name: right[name] for name in numbers}
+
+
+def test_locked_episode_moves_only_the_text_tower(pairs, tmp_path):
+    settings = {"episode__count": 2, "episode__warmup": 1, "episode__locked": 1}
+    config = small_config(pairs, num_devices=8, model__name="test-rn", **settings)
+    workdir = tmp_path / "run"
+    loop.train(config, workdir)
+    checkpoints = Checkpoints(workdir, read_only=True)
+    trainer = loop.Trainer(config, workdir)
+    before, after = (checkpoints.restore(step, trainer.state) for step in (3, 6))
+    trainer.close()
+    still = ("image_projection_head", "text_projection_head", "logit_scale_proto", "visual")
+    for name in before["params"]:
+        changed = any(
+            np.any(np.asarray(x) != np.asarray(y))
+            for x, y in zip(
+                jax.tree.leaves(before["params"][name]),
+                jax.tree.leaves(after["params"][name]),
+                strict=True,
+            )
+        )
+        assert changed == (name not in still), name
+    assert_equal_trees(before["batch_stats"], after["batch_stats"])
+
+
+def test_plain_clip_runs_on_the_same_code(pairs, tmp_path):
+    config = small_config(
+        pairs, num_devices=8, model__projection="none", episode__count=1, episode__warmup=0
+    )
+    loop.train(config, tmp_path / "run")
+    line = metrics(tmp_path / "run")[-1]
+    assert line["phase"] == "clip"
+    assert "loss/prototype" not in line
+
+
+def test_changed_recipe_is_refused_and_harmless_changes_pass(pairs, tmp_path):
+    workdir = tmp_path / "run"
+    first = {"episode__count": 2, "episode__warmup": 2}
+    config = small_config(pairs, num_devices=8, **first)
+    loop.train(config, workdir)
+    changed = small_config(
+        pairs, num_devices=8, **first, episode__prototypes=5, optimizer__beta1=0.8
+    )
+    with pytest.raises(ConfigError) as caught:
+        loop.train(changed, workdir)
+    message = str(caught.value)
+    assert "episode.prototypes: stored 6, wanted 5" in message
+    assert "optimizer.beta1: stored 0.9, wanted 0.8" in message
+    loop.train(small_config(pairs, num_devices=8, **first, log__every=1), workdir)
+
+
+def test_changed_source_is_refused(pairs, tmp_path):
+    workdir = tmp_path / "run"
+    settings = {"episode__count": 1, "episode__warmup": 1}
+    loop.train(small_config(pairs, num_devices=8, **settings), workdir)
+    pairs.write_text(pairs.read_text().replace("number 3 ", "number 33 "))
+    with pytest.raises(ConfigError, match="source: stored"):
+        loop.train(small_config(pairs, num_devices=8, **settings), workdir)
+
+
+def test_episode_larger_than_the_source_is_refused_with_both_numbers(pairs, tmp_path):
+    config = small_config(pairs, num_devices=8, episode__size=48)
+    with pytest.raises(ConfigError, match=r"episode.size=48 .* 40 pairs"):
+        loop.train(config, tmp_path / "run")
+
+
+def test_teacher_of_another_length_is_refused_with_both_numbers(pairs, tmp_path):
+    config = small_config(
+        pairs, num_devices=8, data__teacher=teacher(tmp_path, 41), objective__external=1
+    )
+    with pytest.raises(ConfigError, match=r"(?s)41.*40|40.*41"):
+        loop.train(config, tmp_path / "run")
+
+
+def test_numbers_are_tensorboard_events_too(pairs, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    workdir = tmp_path / "run"
+    loop.train(small_config(pairs, num_devices=8, episode__count=1, episode__warmup=1), workdir)
+    events = EventAccumulator(str(workdir / "tensorboard"))
+    events.Reload()
+    points = {point.step: point.value for point in events.Scalars("train/loss/clip")}
+    logged = {x["step"]: x["train/loss/clip"] for x in metrics(workdir) if "train/loss/clip" in x}
+    assert points.keys() == logged.keys()
+    for step, value in logged.items():
+        assert points[step] == pytest.approx(value, rel=1e-6)
+
+
+def test_wandb_is_an_option_that_says_when_it_is_missing(pairs, tmp_path):
+    config = small_config(pairs, num_devices=8, log__wandb_project="x")
+    with pytest.raises(ConfigError, match=r"wandb extra"):
+        loop.train(config, tmp_path / "run")
