@@ -7,12 +7,10 @@ if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
 
+from absl import flags as absl_flags
 from jaxtyping import install_import_hook
 
 install_import_hook("protoclip_jax", "beartype.beartype")
-
-import pytest
-from absl import flags as absl_flags
 
 
 def pytest_addoption(parser):

@@ -164,7 +164,9 @@ def test_recipe_file_that_is_missing_or_broken(tmp_path):
         "from protoclip_jax.recipe import defaults\n"
         "def get_config():\n    config = defaults()\n    config.episode.size = 'big'\n"
     )
-    with pytest.raises(ConfigError, match="broken.py: TypeError: Could not override field 'size'"):
+    with pytest.raises(
+        ConfigError, match=r"broken\.py: TypeError: Could not override field 'size'"
+    ):
         load_recipe(str(broken))
 
 

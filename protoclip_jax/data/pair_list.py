@@ -177,6 +177,10 @@ class PairList:
         """The full path of a row's picture."""
         return self.cells(row)[0]
 
+    def caption(self, row: int) -> str:
+        """The caption alone, without opening the picture."""
+        return self.cells(row)[1]
+
     def read(self, row: int) -> tuple[bytes, str]:
         """The picture's file and the caption, as written.
 

@@ -58,6 +58,13 @@ class Subset:
         """The pair that `row` of the subset stands for."""
         return self._source.read(int(self.rows[row]))
 
+    def caption(self, row: int) -> str:
+        """The caption alone, without opening the picture where the source can do so."""
+        row = int(self.rows[row])
+        if hasattr(self._source, "caption"):
+            return self._source.caption(row)
+        return self._source.read(row)[1]
+
     def where(self, row: int) -> str:
         """What the row is called in the source."""
         return where(self._source, int(self.rows[row]))

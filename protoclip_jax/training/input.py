@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from protoclip_jax.config import Config, ConfigError
@@ -56,17 +55,6 @@ class Input:
             "teacher": self.teacher.fingerprint if self.teacher else None,
         }
 
-    def rows(self, episode: int) -> np.ndarray:
-        """Pair ids of an episode by position: int64 (n,)."""
-        config = self._config
-        return episode_rows(
-            len(self.source),
-            config.episode.size,
-            episode,
-            config.seed,
-            config.episode.replacement,
-        )
-
     def batches(self, kind: str, episodes: Sequence[int], first_step: int = 0) -> pipeline.Batches:
         """Host batches of one pass over the episodes, in order, as one persistent iterator.
 
@@ -80,7 +68,14 @@ class Input:
         return pipeline.batches(
             self.source,
             self._tokenizer,
-            self.rows,
+            # A plain function of plain values, since worker processes get a copy.
+            functools.partial(
+                episode_rows,
+                len(self.source),
+                config.episode.size,
+                seed=config.seed,
+                replacement=config.episode.replacement,
+            ),
             episodes=episodes,
             size=config.episode.size,
             batch=config.optimizer.batch,
