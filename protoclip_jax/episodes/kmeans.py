@@ -40,7 +40,7 @@ def kmeans(
     empty: str = "split",
     spherical: bool = False,
     initial: Float[Array | np.ndarray, "*m k d"] | None = None,
-    weights: Float[Array | np.ndarray, "n"] | None = None,
+    weights: Float[Array | np.ndarray, "weights"] | None = None,
     precision: str = "auto",
     mesh: Mesh | None = None,
     active: bool | None = None,

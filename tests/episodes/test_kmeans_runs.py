@@ -206,9 +206,10 @@ def test_all_points_identical():
 
 
 def test_split_copies_the_largest():
+    yes = jnp.asarray(True)
     centroids = np.arange(12, dtype=np.float32).reshape(6, 2) + 1
     counts = np.array([5, 0, 9, 1, 0, 9], np.int32)
-    split = np.asarray(split_largest(jnp.asarray(centroids), jnp.asarray(counts), 1 / 1024, True))
+    split = np.asarray(split_largest(jnp.asarray(centroids), jnp.asarray(counts), 1 / 1024, yes))
     up, down = np.float32([1 + 1 / 1024, 1 - 1 / 1024]), np.float32([1 - 1 / 1024, 1 + 1 / 1024])
     np.testing.assert_array_equal(split[1], centroids[2] * up)
     np.testing.assert_array_equal(split[2], centroids[2] * down)
@@ -216,9 +217,7 @@ def test_split_copies_the_largest():
     np.testing.assert_array_equal(split[5], centroids[5] * down)
     np.testing.assert_array_equal(split[[0, 3]], centroids[[0, 3]])
     alone = jnp.asarray([1, 0, 1, 1, 0, 1], jnp.int32)
-    np.testing.assert_array_equal(
-        split_largest(jnp.asarray(centroids), alone, 0.1, True), centroids
-    )
+    np.testing.assert_array_equal(split_largest(jnp.asarray(centroids), alone, 0.1, yes), centroids)
 
 
 def test_memory_is_bounded_by_tiles(monkeypatch):
