@@ -27,4 +27,5 @@ if ! cat requirements.txt pyproject.toml | cmp -s - "$venv/installed-tests.txt";
   "$venv/bin/python" -m pip install --quiet -r requirements.txt --group test
   cat requirements.txt pyproject.toml > "$venv/installed-tests.txt"
 fi
-exec "$venv/bin/python" -m pytest "${arguments[@]}"
+# Two processes: most of the time goes to the compiler, which uses little more than one core.
+exec "$venv/bin/python" -m pytest -n 2 --dist worksteal "${arguments[@]}"

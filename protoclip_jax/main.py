@@ -31,7 +31,10 @@ _DRY_RUN = flags.DEFINE_bool(
 
 
 def run(argv: Sequence[str]) -> int:
-    """Trains; returns the exit code: 0, 2 for what cannot be run, 130 after an interrupt."""
+    """Trains; returns the exit code.
+
+    0: done. 1: a loss or gradient is not finite. 2: this cannot be run. 130: interrupted.
+    """
     *_, overrides = argv
     logging.set_verbosity(logging.WARNING)  # orbax and tfds tell every step of theirs
     try:
@@ -53,6 +56,9 @@ def run(argv: Sequence[str]) -> int:
     except ConfigError as error:
         print(f"protoclip_jax: {error}", file=sys.stderr)
         return 2
+    except FloatingPointError as error:
+        print(f"protoclip_jax: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\nStopped. The same command goes on from the last checkpoint.", file=sys.stderr)
         return 130

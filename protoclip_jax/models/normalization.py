@@ -20,7 +20,7 @@ def unit(x: Float[Array | np.ndarray, "*rows d"]) -> Float[Array, "*rows d"]:
     """
     x = jnp.asarray(x, wide(x.dtype))
     square = jnp.sum(x * x, axis=-1, keepdims=True)
-    alive = square > 1e-24
+    alive = ~(square <= 1e-24)  # so that NaN stays NaN: a diverged model must not look like zeros
     # The inner `where` keeps the unused branch's gradient finite.
     return jnp.where(alive, x * jax.lax.rsqrt(jnp.where(alive, square, 1.0)), 0.0)
 

@@ -1,8 +1,7 @@
 """Checkpoints: the whole training unit, by Orbax, asynchronous and atomic.
 
 A checkpoint's number is the count of finished steps. Its items are separate so that a reader
-takes what it needs: `params`, `batch_stats`, `opt_state`, `meta` (JSON), and inside an episode
-`episode` (its prototypes and labels).
+takes what it needs: `params`, `batch_stats`, `opt_state`, and `meta` (JSON).
 """
 
 import json
@@ -20,32 +19,29 @@ ITEMS = ("params", "batch_stats", "opt_state")
 class Checkpoints:
     """The checkpoints of one workdir."""
 
-    def __init__(self, workdir: str | Path, keep: int = 2, read_only: bool = False):
-        self.directory = Path(workdir).absolute() / "checkpoints"
+    def __init__(self, workdir: str | Path, keep: int = 2):
+        """Opens them; nothing is removed before the next save."""
         options = ocp.CheckpointManagerOptions(
-            read_only=read_only,
             preservation_policy=preservation_policy.LatestN(n=keep),
             enable_async_checkpointing=True,
         )
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        directory = Path(workdir).absolute() / "checkpoints"
+        self._manager = ocp.CheckpointManager(directory, options=options)
 
     def latest(self) -> int | None:
         """Number of the newest complete checkpoint, none when there is none."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: dict, meta: dict, episode: dict | None = None) -> None:
+    def save(self, step: int, state: dict, meta: dict) -> None:
         """Starts saving; returns as soon as the arrays are copied off the devices.
 
         Args:
           step: finished steps.
           state: the TrainState.
           meta: JSON values that resume compares (recipe, fingerprints).
-          episode: prototypes and labels, inside an episode.
         """
         items = {name: ocp.args.StandardSave(state[name]) for name in ITEMS if state[name]}
         items["meta"] = ocp.args.JsonSave(meta)
-        if episode is not None:
-            items["episode"] = ocp.args.StandardSave(episode)
         self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def meta(self, step: int) -> dict:
@@ -72,13 +68,6 @@ class Checkpoints:
         if "step" in like:  # the checkpoint's own number
             state["step"] = jax.device_put(np.int32(step), like["step"].sharding)
         return state
-
-    def episode(self, step: int) -> dict | None:
-        """Prototypes and labels of a checkpoint inside an episode, as host arrays."""
-        if not (self.directory / str(step) / "episode").exists():
-            return None
-        args = ocp.args.Composite(episode=ocp.args.StandardRestore())
-        return self._manager.restore(step, args=args).episode
 
     def wait(self) -> None:
         """Blocks until what is being saved is on disk."""

@@ -30,6 +30,7 @@ def train(config: Config, workdir: Path) -> None:
 
     Raises:
       ConfigError: the recipe does not fit the data, or the run that is in the workdir.
+      FloatingPointError: the loss, or another metric, is not finite.
     """
     check_wandb(config)
     trainer = Trainer(config, workdir)
@@ -69,6 +70,7 @@ class Trainer:
         self.progress = Progress(config.total_steps, self.done, config.log.progress)
         self.log = MetricLog(workdir, config, self.done)
         self.evaluator = Evaluator(config, self.model, self.graphdef)
+        self.train_steps: dict[Phase, step.Step] = {}
         self.extract_step = jax.jit(
             make_extract_step(self.graphdef, step.image_preparation(config, "extract"))
         )
@@ -81,15 +83,17 @@ class Trainer:
         elif self.done:
             self.progress.say(f"Going on after step {self.done} of {config.total_steps}.")
         else:
-            self.progress.say(f"{len(self.input.source):,} pairs of {self.input.source.name}.")
+            self.say_source()
             self.evaluate("untrained", 0)
         first = self.done // steps
         remaining = range(first, config.episode.count)
         extracted = [e for e in remaining if e in config.prototype_episodes]
-        self.train_batches = self.input.batches("train", remaining)
-        self.extract_batches = self.input.batches("extract", extracted)
-        for episode in remaining:
-            self.run_episode(episode)
+        with (
+            self.input.batches("train", remaining) as self.train_batches,
+            self.input.batches("extract", extracted) as self.extract_batches,
+        ):
+            for episode in remaining:
+                self.run_episode(episode)
         self.checkpoints.wait()
         self.progress.close()
         self.say_result()
@@ -179,7 +183,9 @@ class Trainer:
 
     def train(self, episode: int, phase: Phase, prototypes, labels) -> dict[str, float]:
         """Steps through the episode; returns the mean of every metric over it."""
-        train_step = self.train_step(phase)
+        if phase not in self.train_steps:
+            self.train_steps[phase] = self.compiled(phase)
+        train_step = self.train_steps[phase]
         recent, whole = Meter(), Meter()
         for _ in range(self.config.steps_per_episode):
             batch = next(self.train_batches)
@@ -199,8 +205,7 @@ class Trainer:
         self.report(episode, phase, recent, whole)
         return whole.mean()
 
-    @functools.cache  # noqa: B019 (a process has one trainer)
-    def train_step(self, phase: Phase) -> step.Step:
+    def compiled(self, phase: Phase) -> step.Step:
         """The compiled step of a phase; the state that goes in is given away."""
         function = step.make_train_step(self.graphdef, self.config, phase, self.mesh)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state)
@@ -211,10 +216,11 @@ class Trainer:
         if not len(recent):
             return
         values = recent.take(into=whole)
-        if not np.isfinite(values["loss/total"]):
+        broken = [name for name, value in values.items() if not np.isfinite(value)]
+        if broken:
             raise FloatingPointError(
-                f"the loss is not finite around step {self.done}: lower optimizer.learning_rate "
-                "or set optimizer.clip_norm, and start from an earlier checkpoint"
+                f"not finite around step {self.done}: {', '.join(broken)}; lower "
+                "optimizer.learning_rate or set optimizer.clip_norm, in a new workdir"
             )
         self.log.write(
             self.done, episode, phase.name, {f"train/{name}": v for name, v in values.items()}
@@ -227,6 +233,13 @@ class Trainer:
         values = self.evaluator.measure(self.state["params"], self.state["batch_stats"])
         if values:
             self.log.write(self.done, episode, phase, values)
+
+    def say_source(self) -> None:
+        """Tells how many pairs there are, and which rows of a list are none."""
+        source = self.input.source
+        self.progress.say(f"{len(source):,} pairs of {source.name}.")
+        for reason, dropped in getattr(source, "report", {}).items():
+            self.progress.say(f"  left out, {reason}: {dropped}")
 
     def say_result(self) -> None:
         """Prints the table and what to do next."""

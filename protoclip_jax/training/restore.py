@@ -25,7 +25,7 @@ def restore_encoder(workdir: Path, step: int | None = None) -> Encoder:
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
         {name: like[name] for name in ("params", "batch_stats")},
     )
-    checkpoints = Checkpoints(workdir, read_only=True)
+    checkpoints = Checkpoints(workdir)
     try:
         found = checkpoints.latest() if step is None else step
         if found is None:

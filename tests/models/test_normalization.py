@@ -190,3 +190,9 @@ def test_unit_widens():
     assert unit(jnp.ones((2, 3), jnp.bfloat16)).dtype == jnp.float32
     with jax.enable_x64(True):
         assert unit(jnp.ones((2, 3), jnp.float64)).dtype == jnp.float64
+
+
+def test_unit_of_nan_stays_nan():
+    """A diverged model must not look like one whose features are zero."""
+    assert np.all(np.isnan(unit(jnp.asarray([[np.nan, 1.0]]))))
+    assert np.any(np.isnan(unit(jnp.asarray([[np.inf, 1.0]]))))

@@ -90,17 +90,11 @@ def test_stopped_run_goes_on_bit_for_bit(pairs, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         run_episode(self, episode)
 
-    monkeypatch.setattr(loop.Trainer, "run_episode", stops_before_the_last)
-    with pytest.raises(KeyboardInterrupt):
-        loop.train(config, broken)
-    monkeypatch.undo()
-    from tiny_run import MODELS
-
-    from protoclip_jax.models import presets
-
-    for name, model in MODELS.items():
-        monkeypatch.setitem(presets.PRESETS, name, model)
-    assert Checkpoints(broken, read_only=True).latest() == 6
+    with monkeypatch.context() as patched:
+        patched.setattr(loop.Trainer, "run_episode", stops_before_the_last)
+        with pytest.raises(KeyboardInterrupt):
+            loop.train(config, broken)
+    assert Checkpoints(broken).latest() == 6
     loop.train(config, broken)
     assert_equal_trees(final_state(config, whole), final_state(config, broken))
     # The log has every step once, with the same numbers.
@@ -114,7 +108,7 @@ def test_locked_episode_moves_only_the_text_tower(pairs, tmp_path):
     config = small_config(pairs, num_devices=8, model__name="test-rn", **settings)
     workdir = tmp_path / "run"
     loop.train(config, workdir)
-    checkpoints = Checkpoints(workdir, read_only=True)
+    checkpoints = Checkpoints(workdir)
     trainer = loop.Trainer(config, workdir)
     before, after = (checkpoints.restore(step, trainer.state) for step in (3, 6))
     trainer.close()
@@ -158,6 +152,15 @@ def test_changed_recipe_is_refused_and_harmless_changes_pass(pairs, tmp_path):
     loop.train(small_config(pairs, num_devices=8, **first, log__every=1), workdir)
 
 
+def test_rows_that_are_no_pairs_are_told_at_the_start(pairs, tmp_path, capsys):
+    pairs.write_text(pairs.read_text() + "39.png\t\n")
+    loop.train(small_config(pairs, num_devices=8, episode__count=1), tmp_path / "run")
+    told = capsys.readouterr().err
+    assert "40 pairs of" in told
+    assert "left out" in told
+    assert "1 (line 42)" in told
+
+
 def test_changed_source_is_refused(pairs, tmp_path):
     workdir = tmp_path / "run"
     settings = {"episode__count": 1, "episode__warmup": 1}
@@ -199,3 +202,30 @@ def test_wandb_is_an_option_that_says_when_it_is_missing(pairs, tmp_path):
     config = small_config(pairs, num_devices=8, log__wandb_project="x")
     with pytest.raises(ConfigError, match=r"wandb extra"):
         loop.train(config, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_worker_processes_change_no_number(pairs, tmp_path):
+    settings = {"episode__count": 2, "episode__warmup": 1, "data__augmentation": "light"}
+    logs = []
+    for workers in (0, 2):
+        config = small_config(pairs, num_devices=8, **settings, data__workers=workers)
+        loop.train(config, tmp_path / str(workers))
+        logs.append(metrics(tmp_path / str(workers)))
+    for left, right in zip(*logs, strict=True):
+        numbers = [name for name in left if not name.startswith("seconds/")]
+        assert {name: left[name] for name in numbers} == {name: right[name] for name in numbers}
+
+
+def test_loss_that_is_not_finite_stops_the_run_and_names_the_step(pairs, tmp_path):
+    config = small_config(
+        pairs, num_devices=8, episode__count=2, episode__warmup=2, optimizer__learning_rate=1e30
+    )
+    with pytest.raises(FloatingPointError, match=r"step 2: .*grad_norm"):
+        loop.train(config, tmp_path / "run")
+    assert Checkpoints(tmp_path / "run").latest() is None  # nothing broken was saved
+
+
+def test_load_without_a_run_or_a_checkpoint_says_so(pairs, tmp_path):
+    with pytest.raises(ConfigError, match=r"recipe\.json"):
+        protoclip_jax.load(tmp_path / "nothing")
