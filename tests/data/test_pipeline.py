@@ -1,6 +1,7 @@
 """Batches: the same function of (seed, episode, position) however they are made."""
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -391,7 +392,11 @@ def test_leaving_with_live_workers_is_quiet(tmp_path, way):
             {"sys.exit(0)" if way == "exit" else "raise ValueError('stop')"}
         """)
     )
-    result = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    # The script lies elsewhere, and the package need not be installed.
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    result = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, timeout=120, env=env
+    )
     lines = result.stderr.strip().splitlines()
     assert "Exception ignored" not in result.stderr
     assert lines == [] if way == "exit" else lines[-1] == "ValueError: stop"
