@@ -220,6 +220,27 @@ def test_split_copies_the_largest():
     np.testing.assert_array_equal(split_largest(jnp.asarray(centroids), alone, 0.1, yes), centroids)
 
 
+# Three far groups, of which the start gives one centroid to the last two and one to none.
+GROUPS = np.repeat(np.float32([[-4, 1], [3, 1], [5, 1]]), (10, 20, 20), axis=0)
+FAR_START = np.float32([[-4, 1], [4, 1], [100, 1]])
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_split_cluster_finds_members(precision):
+    """The halves are pushed apart far enough to differ in the format of the products."""
+    points = GROUPS + np.float32(0.1) * RNG.normal(size=GROUPS.shape).astype(np.float32)
+    result = kmeans(points, 3, seed=0, initial=FAR_START, precision=precision)
+    np.testing.assert_array_equal(np.sort(result.counts), [10, 20, 20])
+    np.testing.assert_allclose(np.sort(result.centroids[:, 0]), [-4, 3, 5], atol=0.1)
+
+
+def test_no_split_after_the_last_update():
+    """The donor would be left beside the mean of its members, the copy without any."""
+    result = kmeans(GROUPS, 3, seed=0, initial=FAR_START, iterations=1, **FAST)
+    np.testing.assert_array_equal(result.centroids, FAR_START)
+    np.testing.assert_array_equal(result.counts, [10, 40, 0])
+
+
 def test_memory_is_bounded_by_tiles(monkeypatch):
     n, k, memory = 40_000, 4000, []
     compiled = module._run

@@ -106,3 +106,20 @@ def test_rate_suits_features_of_any_length_and_direction():
     for scale in (1e-3, 1.0, 1e3):
         result = sgd_probe(scale * features, labels, scale * features, labels, settings=settings)
         assert result.top1 > 90
+
+
+def test_epoch_is_not_chosen_on_test_rows():
+    """Right test labels are best after the last epochs, wrong ones after the first."""
+    rng = np.random.default_rng(4)
+    labels, test_labels = rng.integers(0, 3, 600), rng.integers(0, 3, 300)
+    features = (np.eye(3, 6)[labels] + 0.4 * rng.normal(size=(600, 6))).astype(np.float32)
+    test = (np.eye(3, 6)[test_labels] + 0.4 * rng.normal(size=(300, 6))).astype(np.float32)
+    # So slow that the accuracy rises from epoch to epoch.
+    settings = SGDSettings(epochs=8, learning_rate=1e-3)
+    right, wrong = (
+        sgd_probe(features, labels, test, shown, settings=settings)
+        for shown in (test_labels, (test_labels + 1) % 3)
+    )
+    assert right.epoch == wrong.epoch > 0
+    np.testing.assert_array_equal(right.classifier.weights, wrong.classifier.weights)
+    assert wrong.top1 + 1 < wrong.best_test_top1

@@ -9,14 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from golden_files import assert_close_to_max, golden, golden_json
 from jax.sharding import PartitionSpec
+from tiny_run import small_config
 
 from protoclip_jax.interop.torch_names import torch_name
 from protoclip_jax.models import clip
 from protoclip_jax.models.presets import ProjectionConfig, preset
-from protoclip_jax.training import optimizer
+from protoclip_jax.training import optimizer, step
 from protoclip_jax.training.optimizer import GROUPS, OptimizerSettings
+from protoclip_jax.training.phases import phase_of
 
 ADAMW = golden_json("adamw")
 REAL_MODELS = golden_json("optimizer_groups")
@@ -277,6 +280,35 @@ def test_logit_scales_stay_within_bounds(params, name, direction):
     assert np.all(np.float64(np.exp(seen)) <= 100 * (1 + 2e-6))
     assert np.all(np.array(seen) >= 0)
     np.testing.assert_allclose(seen[-1], math.log(100) if direction > 0 else 0, rtol=1e-6)
+
+
+def test_scales_above_the_bound_reach_the_loss_as_they_are(monkeypatch, tmp_path):
+    """Clamped after the update only: a clamp in the forward would stop or halve their gradient."""
+
+    def squares(features, scales, *_, **__):
+        loss = sum(scale**2 for scale in scales.values())
+        return loss, {"loss/total": loss}
+
+    # What is between parameters and loss does not matter here, and takes long to compile.
+    monkeypatch.setattr(step.clip, "apply", lambda *_, **__: (None, {}))
+    monkeypatch.setattr(step, "total_loss", squares)
+    config = small_config(tmp_path / "none.tsv", optimizer__clip_norm="none")
+    phase = phase_of(config, 1)
+    assert "heads" in phase.trained
+    params = {"logit_scale": jnp.float32(5), "logit_scale_proto": jnp.float32(6)}
+    state = {
+        "step": jnp.int32(0),
+        "params": params,
+        "batch_stats": {},
+        "opt_state": optimizer.init(params, step.optimizer_settings(config)),
+    }
+    batch = {"image": jnp.zeros((1, 2, 2, 3)), "tokens": None, "position": jnp.arange(1)}
+    train_step = step.make_train_step(nnx.graphdef(nnx.List([])), config, phase)
+    after, metrics = train_step(state, batch, None)
+    np.testing.assert_allclose(metrics["loss/total"], 25 + 36, rtol=1e-6)
+    np.testing.assert_allclose(metrics["grad_norm"], np.hypot(10, 12), rtol=1e-6)
+    for name in params:
+        np.testing.assert_allclose(after["params"][name], math.log(100), rtol=1e-6)
 
 
 def test_no_clipping_and_gentle_clipping_agree(params):
