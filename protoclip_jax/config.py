@@ -7,6 +7,8 @@ for `--config.section.name=value`. How a recipe becomes a `Config` is in recipe.
 import dataclasses
 from typing import Any
 
+from protoclip_jax.data.kept import FORMS
+
 
 class ConfigError(ValueError):
     """A recipe or an override that cannot be run; the message is one line for the user."""
@@ -21,6 +23,8 @@ class ModelConfig:
     projection_hidden: int = 2048  # width of the hidden layers
     projection_width: int = 128  # width of the projected features
     batch_norm_group: int | None = None  # rows that share batch statistics; none = whole batch
+    weights: str | None = None  # workdir of another run, from whose weights a new run starts
+    rematerialise: bool = False  # compute activations again in the backward pass: less memory
     dtype: str = "bfloat16"  # compute type: bfloat16 or float32 (parameters stay float32)
 
 
@@ -39,6 +43,9 @@ class DataConfig:
     augment_extraction: bool = True  # extraction sees augmented pictures, as the reference does
     workers: int = 0  # worker processes that decode; 0 = threads of this process
     threads: int = 8  # threads that decode where there are no workers
+    keep: str = "pixels"  # between the two passes of an episode: pixels, jpeg or none (read twice)
+    keep_side: int = 256  # shorter side of a kept picture; crops come from the kept copy
+    keep_gigabytes: float = 4.0  # host memory of a process for them; the rest is read twice
     max_unreadable: float = 0.5  # stop at the start when a larger share cannot be read
     parity_preprocess: bool = False  # convert odd pictures after resizing, as the reference does
 
@@ -52,6 +59,7 @@ class EpisodeConfig:
     warmup: int = 1  # first episodes with InfoNCE only
     locked: int = 0  # last episodes with InfoNCE only and the image tower locked (LiT)
     replacement: bool = False  # draw pairs with replacement, as the reference does
+    online: float | None = None  # share that is extracted; labels at the step. none = offline: all
     prototypes: int = 20_000  # clusters K in each modality
     external_prototypes: int | None = None  # clusters of the external teacher; none = K
     iterations: int = 20  # of k-means
@@ -87,6 +95,8 @@ class OptimizerConfig:
     beta2: float = 0.999  # the reference: 0.98 for ViT
     epsilon: float = 1e-8  # the reference: 1e-6 for ViT
     clip_norm: float | None = None  # of the global gradient; none = no clipping
+    accumulate: int = 1  # parts of a batch that take turns; each is its own BatchNorm group
+    max_skipped: int = 10  # steps in a row with a loss or gradient that is not finite: then stop
     text_start_episode: int = 0  # all but the image tower stand still before
     text_end_episode: int | None = None  # and after; none = the end of the run
     parity_schedule: bool = False  # warm-up overrides the lock, shifted cosine rises again
@@ -105,7 +115,10 @@ class CheckpointConfig:
     """What is kept."""
 
     every: int = 1  # episodes between checkpoints; the last is always saved
+    minutes: float | None = 15.0  # between checkpoints inside an episode; none = only at its end
     keep: int = 2  # newest checkpoints that stay
+    keep_every: int | None = None  # and those at the end of every so many episodes
+    best: str | None = None  # and the best by this metric: zero_shot/top1, or -NAME for the least
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,6 +172,12 @@ class Config:
         return range(self.episode.warmup, self.episode.count - self.episode.locked)
 
     @property
+    def extracted(self) -> int:
+        """Pairs of an episode that are extracted and clustered: its first ones, a random sample."""
+        share = 1.0 if self.episode.online is None else self.episode.online
+        return round(share * self.episode.size)
+
+    @property
     def uses_teacher(self) -> bool:
         """Whether the external teacher's terms have a weight."""
         return self.objective.external > 0
@@ -173,6 +192,7 @@ CHOICES = {
     "parity": ("", "reference"),
     "model.dtype": ("bfloat16", "float32"),
     "data.augmentation": ("none", "clip", "light"),
+    "data.keep": FORMS,
     "episode.seeding": ("d2", "random"),
     "episode.empty": ("split", "keep"),
     "evaluation.suite": ("", "emoji_text"),
@@ -183,19 +203,23 @@ ABOVE_ZERO = (
     "model.batch_norm_group",
     "data.limit",
     "data.threads",
+    "data.keep_side",
     "episode.count",
     "episode.size",
     "episode.prototypes",
     "episode.external_prototypes",
+    "episode.online",
     "episode.iterations",
     "episode.redos",
     "objective.temperature",
     "optimizer.batch",
-    "optimizer.learning_rate",
     "optimizer.epsilon",
     "optimizer.clip_norm",
+    "optimizer.accumulate",
+    "optimizer.max_skipped",
     "checkpoint.every",
     "checkpoint.keep",
+    "checkpoint.keep_every",
     "log.every",
     "mesh.fsdp",
 )
@@ -203,17 +227,20 @@ NOT_NEGATIVE = (
     "seed",
     "model.projection",
     "data.workers",
+    "data.keep_gigabytes",
     "data.max_unreadable",
     "episode.warmup",
     "episode.locked",
     "objective.clip",
     "objective.prototype",
     "objective.external",
+    "optimizer.learning_rate",
     "optimizer.text_learning_rate",
     "optimizer.warmup_steps",
     "optimizer.weight_decay",
     "optimizer.text_start_episode",
     "evaluation.every",
+    "checkpoint.minutes",
 )
 
 
@@ -238,10 +265,17 @@ def check(config: Config, num_devices: int = 1) -> None:
         )
     if num_devices % config.mesh.fsdp:
         raise ConfigError(f"mesh.fsdp={config.mesh.fsdp} does not divide {num_devices} devices")
+    parts, part = optimizer.accumulate, optimizer.batch // optimizer.accumulate
+    if optimizer.batch % parts or part % num_devices:
+        raise ConfigError(
+            f"optimizer.batch={optimizer.batch} cannot be cut into optimizer.accumulate={parts} "
+            f"parts for {num_devices} devices"
+        )
     group = config.model.batch_norm_group
-    if group is not None and optimizer.batch % group:
+    if group is not None and part % group:
         raise ConfigError(
             f"optimizer.batch={optimizer.batch} is not a multiple of model.batch_norm_group={group}"
+            + (f" in each of optimizer.accumulate={parts} parts" if parts > 1 else "")
         )
     if optimizer.warmup_steps >= config.total_steps:
         raise ConfigError(
@@ -299,15 +333,19 @@ def _check_prototypes(config: Config) -> None:
                 "set model.projection (hidden layers), or objective.external=0"
             )
         return
-    if episode.prototypes > episode.size:
+    if episode.online is not None and episode.online > 1:
+        raise ConfigError(f"config.episode.online={episode.online} must lie in (0, 1]")
+    pairs = f"episode.size={episode.size}"
+    if episode.online is not None:
+        pairs = f"the {config.extracted} extracted pairs (episode.online={episode.online})"
+    if episode.prototypes > config.extracted:
         raise ConfigError(
-            f"episode.prototypes={episode.prototypes} is larger than episode.size={episode.size}: "
+            f"episode.prototypes={episode.prototypes} is larger than {pairs}: "
             "k-means needs at least one pair a prototype"
         )
-    if config.uses_teacher and config.external_prototypes > episode.size:
+    if config.uses_teacher and config.external_prototypes > config.extracted:
         raise ConfigError(
-            f"episode.external_prototypes={config.external_prototypes} is larger than "
-            f"episode.size={episode.size}"
+            f"episode.external_prototypes={config.external_prototypes} is larger than {pairs}"
         )
     if config.uses_teacher and not objective.back_translation:
         raise ConfigError(

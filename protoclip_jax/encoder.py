@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Sharding
 from jaxtyping import Float
 from PIL import Image
 
@@ -37,11 +38,22 @@ class Encoder:
         batch_stats: dict[str, Any],
         *,
         batch: int = 256,
+        rows: Sharding | None = None,
     ):
+        """Args:
+        config: the model.
+        graphdef: its definition.
+        params: its parameters.
+        batch_stats: its batch statistics.
+        batch: pictures or captions in one go.
+        rows: how they are spread over the devices that hold the parameters; none = one device.
+        """
         self.config = config
         self.params, self.batch_stats = params, batch_stats
         self.image_size = config.vision.image_size
-        self._batch = batch
+        self._rows = rows
+        # A multiple of the devices.
+        self._batch = batch if rows is None else -(-batch // rows.num_devices) * rows.num_devices
         self._tokenizer = Tokenizer(config.text.context_length)
 
         @jax.jit
@@ -94,6 +106,8 @@ class Encoder:
             count = len(held)
             block = np.stack(held + [held[-1]] * (self._batch - count))
             held.clear()
+            if self._rows is not None:
+                block = jax.device_put(block, self._rows)
             return function(self.params, self.batch_stats, block)[:count]
 
         for row in rows:

@@ -6,10 +6,19 @@ Any option of a recipe is changed by --config.SECTION.NAME=VALUE, for example
   --config.optimizer.batch=256 --config.data.teacher=none
 (protoclip_jax/config.py lists them all). --dry_run shows what would run, without training.
 The same command goes on where a run stopped, or says that it is finished.
+
+Several processes (a pod, a cluster) are one run: each starts the same command, and finds the others
+by the environment of Slurm, Open MPI or GKE's TPUs, by --distributed on a Cloud TPU slice, or by
+--coordinator, --num_processes and --process_id. The workdir must be one folder for all.
+
+Exit codes: 0 done; 1 the run cannot go on (not finite, no checkpoint can be written); 2 this
+cannot be run; 75 saved and left on SIGTERM or SIGINT: start the same command again; 130 interrupted
+at once.
 """
 
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,47 +31,80 @@ from protoclip_jax.config import Config, ConfigError
 from protoclip_jax.recipe import apply_override, load_recipe, resolve
 
 _OVERRIDE = "--config."
+LEFT = 75  # EX_TEMPFAIL: what a scheduler may start again
 
 _CONFIG = flags.DEFINE_string("config", None, "A recipe, for example configs/quickstart.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run: all that it writes.")
+_PROFILE = flags.DEFINE_string("profile", None, "FIRST:LAST, steps to trace to WORKDIR/profile.")
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "Join the other hosts of this Cloud TPU slice."
+)
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "This process's number, from 0.")
 _DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Show shapes, memory, schedule, phases; no training."
 )
 
 
 def run(argv: Sequence[str]) -> int:
-    """Trains; returns the exit code.
-
-    0: done. 1: a loss or gradient is not finite. 2: this cannot be run. 130: interrupted.
-    """
+    """Trains; returns the exit code, as the head of this file lists them."""
     *_, overrides = argv
     logging.set_verbosity(logging.WARNING)  # orbax and tfds tell every step of theirs
+    processes = None
     try:
         if _CONFIG.value is None:
             raise ConfigError("--config=RECIPE is missing: --config=configs/quickstart.py")
         _config(overrides, num_devices=1)
         if _WORKDIR.value is None and not _DRY_RUN.value:
             raise ConfigError("--workdir=FOLDER is missing, for example --workdir=runs/quickstart")
+        if _WORKDIR.value is not None and "://" in _WORKDIR.value:
+            raise ConfigError(
+                f"--workdir={_WORKDIR.value} is no folder: mount the bucket (gcsfuse) on every "
+                "host, and name the folder"
+            )
         # Imported late, so that a wrong option is refused without waiting for JAX.
         import jax
 
+        from protoclip_jax.training import processes
+
+        processes.join(
+            _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, search=_DISTRIBUTED.value
+        )
         from protoclip_jax.training import dry_run, loop
 
         config = _config(overrides, jax.device_count())
         if _DRY_RUN.value:
             print(dry_run.describe(config))
         else:
-            loop.train(config, Path(_WORKDIR.value))
-    except ConfigError as error:
+            loop.train(config, Path(_WORKDIR.value), _PROFILE.value)
+    except BaseException as error:
+        code = _told(error)
+        if code is None:
+            traceback.print_exc()
+            code = 1
+        if processes is not None and code != LEFT:
+            processes.fail(error, code)
+        return code
+    return 0
+
+
+def _told(error: BaseException) -> int | None:
+    """Says in a line what ended the run; its exit code, or None where that is a fault of ours."""
+    name = type(error).__name__
+    if isinstance(error, ConfigError):
         print(f"protoclip_jax: {error}", file=sys.stderr)
         return 2
-    except FloatingPointError as error:
+    if isinstance(error, FloatingPointError) or name == "CheckpointError":
         print(f"protoclip_jax: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    if name == "Leaving":
+        print(f"\nprotoclip_jax: {error}; the same command goes on there", file=sys.stderr)
+        return LEFT
+    if isinstance(error, KeyboardInterrupt):
         print("\nStopped. The same command goes on from the last checkpoint.", file=sys.stderr)
         return 130
-    return 0
+    return None
 
 
 def _config(overrides: Sequence[str], num_devices: int) -> Config:

@@ -20,6 +20,7 @@ from ml_collections import config_dict
 from protoclip_jax.config import Config, ConfigError, check, flatten
 
 REFERENCE_FLAGS = {
+    "data.keep": "none",
     "data.parity_preprocess": True,
     "episode.replacement": True,
     "objective.mask_unused": False,

@@ -68,6 +68,14 @@ def metrics(workdir: Path) -> list[dict]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+TIMED = ("seconds/", "share/", "speed/", "memory/")
+
+
+def untimed(line: dict) -> dict:
+    """A line of metrics without what differs from run to run."""
+    return {name: x for name, x in line.items() if not name.startswith(TIMED)}
+
+
 def with_count(config, count: int):
     """The same recipe with another number of episodes."""
     return dataclasses.replace(config, episode=dataclasses.replace(config.episode, count=count))

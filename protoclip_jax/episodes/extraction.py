@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Sharding
 from jaxtyping import Array, Float
 
 from protoclip_jax.models import clip
@@ -36,14 +37,26 @@ def make_extract_step(graphdef: nnx.GraphDef, prepare: Callable[..., jax.Array])
 
 
 def in_episode_order(
-    batches: Iterable[tuple[Array, Array]], size: int
+    batches: Iterable[tuple[Array, Array]], size: int, place: Sharding | None = None
 ) -> tuple[Float[Array, "n d"], Float[Array, "n d"]]:
     """Joins the features of consecutive batches; what pads the last one is cut off.
+
+    Args:
+      batches: image and text features (b, d), over all devices.
+      size: positions of the pass.
+      place: where the result lies; None: where it is made.
 
     Raises:
       RuntimeError: fewer rows came than the episode has positions.
     """
-    image, text = (jnp.concatenate(parts) for parts in zip(*batches, strict=True))
-    if image.shape[0] < size:
-        raise RuntimeError(f"extraction gave {image.shape[0]} rows for {size} episode positions")
-    return image[:size], text[:size]
+    images, texts = zip(*batches, strict=True)
+    rows = sum(part.shape[0] for part in images)
+    if rows < size:
+        raise RuntimeError(f"extraction gave {rows} rows for {size} episode positions")
+
+    def join(*parts):
+        return jnp.concatenate(parts)[:size]
+
+    # Compiled, since the devices of several processes take no other way.
+    joined = jax.jit(join, out_shardings=place)
+    return joined(*images), joined(*texts)

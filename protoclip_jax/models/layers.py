@@ -13,6 +13,8 @@ from jaxtyping import Array, Float
 
 from protoclip_jax.models.start import Distribution, Draws, uniform
 
+BLOCK = "block"  # what the towers' blocks call their outputs, for rematerialisation to keep
+
 
 def wide(dtype: jax.typing.DTypeLike) -> jnp.dtype:
     """The type for sums, softmaxes and outputs: at least float32."""

@@ -30,13 +30,17 @@ class ResNetConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ViTConfig:
-    """Vision transformer on square patches; `image_size` and `patch_size` in pixels."""
+    """Vision transformer on square patches; `image_size` and `patch_size` in pixels.
+
+    `mlp` is the width inside the MLPs; None for four times the width.
+    """
 
     image_size: int
     patch_size: int
     width: int
     layers: int
     heads: int
+    mlp: int | None = None
 
     def __post_init__(self):
         if self.image_size % self.patch_size:
@@ -131,6 +135,8 @@ _GELU = {
     "ViT-B-32": CLIPConfig(512, ViTConfig(224, 32, 768, 12, 12), _text(512)),
     "ViT-B-16": CLIPConfig(512, ViTConfig(224, 16, 768, 12, 12), _text(512)),
     "ViT-L-14": CLIPConfig(768, ViTConfig(224, 14, 1024, 24, 16), _text(768)),
+    "ViT-H-14": CLIPConfig(1024, ViTConfig(224, 14, 1280, 32, 16), _text(1024, layers=24)),
+    "ViT-g-14": CLIPConfig(1024, ViTConfig(224, 14, 1408, 40, 16, 6144), _text(1024, layers=24)),
 }
 # The tiny ones train on two CPU cores; the towers keep all the parts of the real ones.
 _TINY = {

@@ -3,9 +3,10 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from protoclip_jax.models.layers import Conv, Linear, average_pool, wide
+from protoclip_jax.models.layers import BLOCK, Conv, Linear, average_pool, wide
 from protoclip_jax.models.normalization import BatchNorm
 from protoclip_jax.models.presets import ResNetConfig
 from protoclip_jax.models.start import Draws, normal
@@ -116,7 +117,7 @@ class ModifiedResNet(nnx.Module):
         x = self.stem(images, train=train)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             for block in stage:
-                x = block(x, train=train)
+                x = checkpoint_name(block(x, train=train), BLOCK)
         return self.attnpool(x)
 
     def stem(self, images: Float[Array, "b h w 3"], *, train: bool) -> Float[Array, "b p q c"]:

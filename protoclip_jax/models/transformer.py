@@ -6,9 +6,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from protoclip_jax.models.layers import Linear, activate, wide
+from protoclip_jax.models.layers import BLOCK, Linear, activate, wide
 from protoclip_jax.models.normalization import LayerNorm
 from protoclip_jax.models.start import Distribution, Draws, normal, uniform, zeros
 
@@ -69,11 +70,13 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """Two Linear layers, four times as wide in between."""
+    """Two Linear layers, `inner` wide in between."""
 
-    def __init__(self, width: int, activation: str, start: BlockStart, *, dtype, draws: Draws):
-        self.c_fc = Linear(width, 4 * width, kernel=start.c_fc, dtype=dtype, draws=draws)
-        self.c_proj = Linear(4 * width, width, kernel=start.c_proj, dtype=dtype, draws=draws)
+    def __init__(
+        self, width: int, inner: int, activation: str, start: BlockStart, *, dtype, draws: Draws
+    ):
+        self.c_fc = Linear(width, inner, kernel=start.c_fc, dtype=dtype, draws=draws)
+        self.c_proj = Linear(inner, width, kernel=start.c_proj, dtype=dtype, draws=draws)
         self.activation = activation
 
     def __call__(self, x: Float[Array, "b t c"]) -> Float[Array, "b t c"]:
@@ -85,12 +88,20 @@ class Block(nnx.Module):
     """x + attention(norm(x)), then x + MLP(norm(x))."""
 
     def __init__(
-        self, width: int, heads: int, activation: str, start: BlockStart, *, dtype, draws: Draws
+        self,
+        width: int,
+        heads: int,
+        inner: int,
+        activation: str,
+        start: BlockStart,
+        *,
+        dtype,
+        draws: Draws,
     ):
         self.ln_1 = LayerNorm(width)
         self.attn = Attention(width, heads, start, dtype=dtype, draws=draws)
         self.ln_2 = LayerNorm(width)
-        self.mlp = MLP(width, activation, start, dtype=dtype, draws=draws)
+        self.mlp = MLP(width, inner, activation, start, dtype=dtype, draws=draws)
 
     def __call__(self, x: Float[Array, "b t c"], *, causal: bool) -> Float[Array, "b t c"]:
         """The block's output; `causal` as in `Attention`."""
@@ -109,12 +120,24 @@ class Transformer(nnx.Module):
         activation: str,
         start: BlockStart,
         *,
+        mlp: int | None = None,
         dtype,
         draws: Draws,
     ):
+        """Args:
+        width: of the tokens.
+        layers: number of blocks.
+        heads: of the attention; divides the width.
+        activation: of the MLPs.
+        start: how the weights are filled.
+        mlp: width inside the MLPs; None for four times the width.
+        dtype: compute type.
+        draws: random numbers for the start.
+        """
+        inner = mlp or 4 * width
         self.resblocks = nnx.List(
             [
-                Block(width, heads, activation, start, dtype=dtype, draws=draws)
+                Block(width, heads, inner, activation, start, dtype=dtype, draws=draws)
                 for _ in range(layers)
             ]
         )
@@ -122,5 +145,5 @@ class Transformer(nnx.Module):
     def __call__(self, x: Float[Array, "b t c"], *, causal: bool) -> Float[Array, "b t c"]:
         """The last block's output; `causal` as in `Attention`."""
         for block in self.resblocks:
-            x = block(x, causal=causal)
+            x = checkpoint_name(block(x, causal=causal), BLOCK)
         return x

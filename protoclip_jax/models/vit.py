@@ -38,6 +38,7 @@ class VisionTransformer(nnx.Module):
             config.heads,
             activation,
             torch_start(width),
+            mlp=config.mlp,
             dtype=dtype,
             draws=draws,
         )

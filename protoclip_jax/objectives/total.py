@@ -123,15 +123,21 @@ def feature_statistics(
     """How spread the features of a batch are, and how far the modalities lie apart.
 
     `geometry/image_std` and `geometry/text_std`: mean over dimensions of the unbiased standard
-    deviation over the batch. `geometry/modality_gap`: distance of the means.
-    `geometry/pair_similarity`: mean dot product within the pairs.
+    deviation over the batch; `geometry/image_spread`, `geometry/text_spread`: the same times the
+    root of the dimensions, 1 for vectors of length 1 in all directions. `geometry/modality_gap`:
+    distance of the means. `geometry/pair_similarity`: mean dot product within the pairs.
     (Reference: what its training loop logs, there of one local batch.)
     """
     image_bd, text_bd = wide(image_bd, text_bd)
     gap_d = jnp.mean(image_bd, axis=0) - jnp.mean(text_bd, axis=0)
+    image_std = jnp.mean(jnp.std(image_bd, axis=0, ddof=1))
+    text_std = jnp.mean(jnp.std(text_bd, axis=0, ddof=1))
+    root = image_bd.shape[1] ** 0.5
     return {
-        "geometry/image_std": jnp.mean(jnp.std(image_bd, axis=0, ddof=1)),
-        "geometry/text_std": jnp.mean(jnp.std(text_bd, axis=0, ddof=1)),
+        "geometry/image_std": image_std,
+        "geometry/text_std": text_std,
+        "geometry/image_spread": root * image_std,
+        "geometry/text_spread": root * text_std,
         "geometry/modality_gap": jnp.linalg.norm(gap_d),
         "geometry/pair_similarity": jnp.mean(jnp.sum(image_bd * text_bd, axis=1)),
     }

@@ -1,54 +1,158 @@
 """Checkpoints: the whole training unit, by Orbax, asynchronous and atomic.
 
 A checkpoint's number is the count of finished steps. Its items are separate so that a reader
-takes what it needs: `params`, `batch_stats`, `opt_state`, and `meta` (JSON).
+takes what it needs: `params`, `batch_stats`, `opt_state`, `meta` (JSON), and inside an episode
+`episode`: its prototypes and labels.
 """
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from jaxtyping import Array, UInt32
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from protoclip_jax.config import CheckpointConfig, ConfigError
+
 ITEMS = ("params", "batch_stats", "opt_state")
+DAMAGED = "damaged"  # prefix of the folders that are passed over
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written; the message is one line for the user."""
 
 
 class Checkpoints:
     """The checkpoints of one workdir."""
 
-    def __init__(self, workdir: str | Path, keep: int = 2):
+    def __init__(
+        self,
+        workdir: str | Path,
+        keep: CheckpointConfig | None = None,
+        steps_per_episode: int = 1,
+    ):
         """Opens them; nothing is removed before the next save."""
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=preservation_policy.LatestN(n=keep),
+            preservation_policy=_policy(keep or CheckpointConfig(), steps_per_episode),
             enable_async_checkpointing=True,
         )
-        directory = Path(workdir).absolute() / "checkpoints"
-        self._manager = ocp.CheckpointManager(directory, options=options)
+        self._directory = Path(workdir).absolute() / "checkpoints"
+        # Named, so that a fresh process knows what each item is before it reads it.
+        handlers = {name: ocp.StandardCheckpointHandler() for name in (*ITEMS, "episode")}
+        handlers["meta"] = ocp.JsonCheckpointHandler()
+        self._manager = ocp.CheckpointManager(
+            self._directory, options=options, item_handlers=handlers
+        )
 
     def latest(self) -> int | None:
-        """Number of the newest complete checkpoint, none when there is none."""
+        """Number of the newest checkpoint, none when there is none; it may turn out damaged."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: dict, meta: dict) -> None:
+    def all(self) -> list[int]:
+        """Numbers of all checkpoints, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def leftovers(self) -> list[str]:
+        """Names of folders that a kill left behind half-written. They are never read."""
+        found = self._directory.glob("*orbax-checkpoint-tmp*")
+        return sorted(path.name for path in found)
+
+    def save(
+        self,
+        step: int,
+        state: dict,
+        meta: dict,
+        episode: dict | None = None,
+        metrics: dict[str, float] | None = None,
+    ) -> None:
         """Starts saving; returns as soon as the arrays are copied off the devices.
 
         Args:
           step: finished steps.
           state: the TrainState.
           meta: JSON values that resume compares (recipe, fingerprints).
+          episode: prototypes and labels of an episode that is not over.
+          metrics: of an evaluation of this state, for `checkpoint.best`.
+
+        Raises:
+          CheckpointError: this one, or the one before, cannot be written.
         """
-        items = {name: ocp.args.StandardSave(state[name]) for name in ITEMS if state[name]}
-        items["meta"] = ocp.args.JsonSave(meta)
-        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        trees = {name: state[name] for name in ITEMS if state[name]}
+        if episode is not None:
+            trees["episode"] = episode
+        items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+        sums = {name: checksum(tree).tolist() for name, tree in trees.items()}
+        items["meta"] = ocp.args.JsonSave(meta | {"checksum": sums})
+        with self._told():
+            self._manager.save(
+                step, args=ocp.args.Composite(**items), metrics=metrics or None, force=True
+            )
 
     def meta(self, step: int) -> dict:
         """The JSON values saved with a checkpoint."""
-        return self._manager.restore(
+        stored = self._manager.restore(
             step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
         ).meta
+        return {name: value for name, value in stored.items() if name != "checksum"}
+
+    def newest_whole(
+        self, read: Callable[[int], Any], say: Callable[[str], None] = print
+    ) -> tuple[int, Any] | None:
+        """The newest checkpoint that reads back whole, by its number, and what `read` made of it.
+
+        One that does not is named, put aside under another name, never deleted.
+
+        Args:
+          read: takes a number; whatever it raises but ConfigError means damage.
+          say: gets a line for each checkpoint that is passed over.
+
+        Returns:
+          None where there was never a checkpoint.
+
+        Raises:
+          ConfigError: there are checkpoints, and none of them can be read.
+        """
+        for name in self.leftovers():
+            say(f"checkpoints/{name} was never finished: passed over")
+        broken = []
+        for step in reversed(self.all()):
+            try:
+                found = step, read(step)
+            except ConfigError:
+                raise
+            except Exception as error:  # damage shows as anything: KeyError, ValueError, OSError
+                reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+                say(f"checkpoints/{step} cannot be read: passed over ({reason})")
+                broken.append(step)
+                continue
+            self._put_aside(broken)
+            return found
+        if broken:
+            raise ConfigError(
+                f"none of the {len(broken)} checkpoints in {self._directory} can be read: the run "
+                "cannot go on. Restore the folder from a copy, or start in a new --workdir"
+            )
+        return None
+
+    def _put_aside(self, steps: list[int]) -> None:
+        """Renames: a later save of the same step must find its place free."""
+        if jax.process_index() == 0:
+            for step in steps:
+                target = self._directory / f"{DAMAGED}-{step}"
+                while target.exists():
+                    target = target.with_name(target.name + "-again")
+                shutil.move(self._directory / str(step), target)
+        if steps:
+            if jax.process_count() > 1:
+                multihost_utils.sync_global_devices("damaged checkpoints are put aside")
+            self._manager.reload()
 
     def restore(self, step: int, like: dict[str, Any]) -> dict[str, Any]:
         """Reads items onto the devices.
@@ -57,25 +161,116 @@ class Checkpoints:
           step: which checkpoint.
           like: the TrainState or parts of it: arrays, or `jax.ShapeDtypeStruct`s, with the wanted
             shardings.
+
+        Raises:
+          ValueError: what was read is not what was written.
         """
         like = jax.tree.map(_abstract, like)
         items = {
             name: tree for name, tree in like.items() if name in ITEMS and jax.tree.leaves(tree)
         }
-        arguments = {name: ocp.args.StandardRestore(tree) for name, tree in items.items()}
-        restored = self._manager.restore(step, args=ocp.args.Composite(**arguments))
-        state = like | {name: restored[name] for name in items}
+        restored = self._read(step, items)
+        state = like | restored
         if "step" in like:  # the checkpoint's own number
             state["step"] = jax.device_put(np.int32(step), like["step"].sharding)
         return state
 
+    def episode(self, step: int, sharding: jax.sharding.Sharding) -> dict | None:
+        """Prototypes and labels of the episode that a checkpoint interrupts, if it does."""
+        kept = self._manager.item_metadata(step)
+        if "episode" not in kept or kept["episode"] is None:
+            return None
+        like = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            dict(kept["episode"]),
+        )
+        return self._read(step, {"episode": like})["episode"]
+
+    def _read(self, step: int, items: dict[str, Any]) -> dict[str, Any]:
+        arguments = {name: ocp.args.StandardRestore(tree) for name, tree in items.items()}
+        arguments["meta"] = ocp.args.JsonRestore()
+        restored = self._manager.restore(step, args=ocp.args.Composite(**arguments))
+        for name in items:
+            wanted = restored.meta["checksum"][name]
+            if checksum(restored[name]).tolist() != wanted:
+                raise ValueError(f"the numbers of {name} are not those that were saved")
+        return {name: restored[name] for name in items}
+
     def wait(self) -> None:
-        """Blocks until what is being saved is on disk."""
-        self._manager.wait_until_finished()
+        """Blocks until what is being saved is on disk.
+
+        Raises:
+          CheckpointError: it cannot be written.
+        """
+        with self._told():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits and releases the writer."""
         self._manager.close()
+
+    def _told(self):
+        return _Told(self._directory)
+
+
+class _Told:
+    """Turns whatever a writer raises into one line that says what is safe."""
+
+    def __init__(self, directory: Path):
+        self._directory = directory
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if error is None or not isinstance(error, Exception):
+            return
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        free = shutil.disk_usage(self._directory).free / 1e9
+        raise CheckpointError(
+            f"cannot write a checkpoint to {self._directory} ({free:.1f} GB free): {reason}. The "
+            "older ones are intact; make room, then the same command goes on from the newest"
+        ) from error
+
+
+def _policy(keep: CheckpointConfig, steps_per_episode: int):
+    """The newest `keep`, the best by a metric, and every k-th: whatever one of them keeps."""
+    policies = [preservation_policy.LatestN(n=keep.keep)]
+    if keep.best is not None:
+        sign = -1 if keep.best.startswith("-") else 1
+        name = keep.best.removeprefix("-")
+        policies.append(
+            preservation_policy.BestN(
+                get_metric_fn=lambda metrics: sign * metrics.get(name, float("-inf")),
+                n=1,
+                keep_checkpoints_without_metrics=False,
+            )
+        )
+    if keep.keep_every is not None:
+        policies.append(preservation_policy.EveryNSteps(keep.keep_every * steps_per_episode))
+    return preservation_policy.AnyPreservationPolicy(policies)
+
+
+def checksum(tree: Any) -> UInt32[np.ndarray, " leaves"]:
+    """A number for each array of a tree, by order of its leaves, that a damaged bit changes.
+
+    Integer sums on the devices, so that it is the same for any sharding, and fast.
+    """
+    return np.asarray(_checksums([jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)]))
+
+
+@jax.jit
+def _checksums(leaves: list[Array]) -> UInt32[Array, " leaves"]:
+    return jnp.stack([_checksum_of(leaf) for leaf in leaves])
+
+
+def _checksum_of(leaf: Array) -> UInt32[Array, ""]:
+    words = jax.lax.bitcast_convert_type(leaf, jnp.uint32)
+    # An odd weight by place: moved numbers count too, and no bit is lost.
+    place = jnp.zeros(words.shape, jnp.uint32)
+    for axis, size in enumerate(words.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+    return jnp.sum(words * (2 * place + 1), dtype=jnp.uint32)
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:

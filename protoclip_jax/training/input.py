@@ -1,19 +1,25 @@
 """The pairs of a run: source, teacher, and the order in which they reach the devices."""
 
 import functools
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int
 
 from protoclip_jax.config import Config, ConfigError
-from protoclip_jax.data import pipeline, sources
+from protoclip_jax.data import pipeline, reader, sources
+from protoclip_jax.data.augmentation import augmentation_named
+from protoclip_jax.data.kept import Keep
 from protoclip_jax.data.padding import without_padding
+from protoclip_jax.data.start_check import check_start
 from protoclip_jax.data.teacher import Teacher, embedded_teacher, open_teacher
 from protoclip_jax.data.tokenizer import Tokenizer
 from protoclip_jax.data.unreadable import UnreadableLog
+from protoclip_jax.data.walk import Section, Walk
 from protoclip_jax.episodes.sampling import episode_rows
 from protoclip_jax.training.state import BATCH_AXES
 
@@ -40,12 +46,19 @@ class Input:
         self._by_row = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
         self.source = _open_source(config)
         self.teacher = _open_teacher(config, len(self.source))
-        self.unreadable = UnreadableLog(self.source, workdir / "unreadable.tsv")
+        # Each process has its own share of the pairs, and a file of its own.
+        suffix = f".{jax.process_index()}" if jax.process_index() else ""
+        self.unreadable = UnreadableLog(self.source, workdir / f"unreadable{suffix}.tsv")
         episode = config.episode
         if episode.size > len(self.source) and not episode.replacement:
             raise ConfigError(
                 f"episode.size={episode.size} is larger than the {len(self.source)} pairs of "
                 f"{config.data.train}: lower it, or set episode.replacement=True"
+            )
+        if config.data.keep != "none" and config.data.keep_side < image_size:
+            raise ConfigError(
+                f"data.keep_side={config.data.keep_side} is smaller than the model's pictures of "
+                f"{image_size} pixels: raise it, or set data.keep=none"
             )
 
     def fingerprints(self) -> dict[str, str | None]:
@@ -55,42 +68,58 @@ class Input:
             "teacher": self.teacher.fingerprint if self.teacher else None,
         }
 
-    def batches(self, kind: str, episodes: Sequence[int], first_step: int = 0) -> pipeline.Batches:
-        """Host batches of one pass over the episodes, in order, as one persistent iterator.
+    def batches(self, first_episode: int = 0, first_step: int = 0) -> pipeline.Batches:
+        """Host batches of all passes of the run from a place on, as one persistent iterator.
 
         Args:
-          kind: "train" (whole batches) or "extract" (every position, the last batch padded).
-          episodes: which episodes.
-          first_step: where to begin in the first of them.
+          first_episode: where to begin.
+          first_step: finished training steps of that episode; above 0 its extraction is over.
         """
         config, data = self._config, self._config.data
-        augmented = kind == "train" or data.augment_extraction
-        return pipeline.batches(
-            self.source,
-            self._tokenizer,
+        chosen = augmentation_named(data.augmentation)
+        reading = reader.Reading(
+            source=self.source,
+            tokenizer=self._tokenizer,
             # A plain function of plain values, since worker processes get a copy.
-            functools.partial(
+            rows_of_episode=functools.partial(
                 episode_rows,
                 len(self.source),
                 config.episode.size,
                 seed=config.seed,
                 replacement=config.episode.replacement,
             ),
-            episodes=episodes,
             size=config.episode.size,
-            batch=config.optimizer.batch,
-            kind=kind,
-            start=(0, first_step),
             seed=config.seed,
             image_size=self._image_size,
-            augmentation=data.augmentation if augmented else "none",
+            augmentation={
+                "train": chosen,
+                "extract": chosen if data.augment_extraction else None,
+            },
             parity=data.parity_preprocess,
+            keep=Keep(data.keep, data.keep_side, int(data.keep_gigabytes * 1e9)),
+        )
+        walk = Walk(
+            sections(config, first_episode, first_step),
+            config.optimizer.batch,
             workers=data.workers,
-            threads=data.threads,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
+        )
+        return pipeline.Batches(
+            walk,
+            reading,
+            workers=data.workers,
+            threads=data.threads,
             unreadable=self.unreadable,
         )
+
+    def all_rows(self, rows: list[Int[np.ndarray, " b"]]) -> Int[np.ndarray, " n"]:
+        """Rows of consecutive batches, of all processes, by position."""
+        mine = np.stack(rows)
+        if jax.process_count() > 1:
+            mine = multihost_utils.process_allgather(mine)  # (processes, batches, rows)
+            mine = np.swapaxes(mine, 0, 1)
+        return mine.reshape(-1)
 
     def on_devices(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Spreads the rows of this process's batch over its devices."""
@@ -98,6 +127,18 @@ class Input:
             batch = batch | {"tokens": without_padding(batch["tokens"])}
         put = functools.partial(jax.make_array_from_process_local_data, self._by_row)
         return jax.tree.map(put, batch)
+
+
+def sections(config: Config, first_episode: int = 0, first_step: int = 0) -> list[Section]:
+    """The passes of a run from a place on: extraction where there are prototypes, then training."""
+    trained = config.steps_per_episode * config.optimizer.batch
+    passes = []
+    for episode in range(first_episode, config.episode.count):
+        first = first_step if episode == first_episode else 0
+        if episode in config.prototype_episodes and not first:
+            passes.append(Section("extract", episode, config.extracted))
+        passes.append(Section("train", episode, trained, first))
+    return passes
 
 
 def _open_source(config: Config) -> sources.PairSource:
@@ -112,7 +153,7 @@ def _open_source(config: Config) -> sources.PairSource:
             limit=data.limit,
             seed=config.seed,
         )
-        pipeline.check_start(source, limit=data.max_unreadable, parity=data.parity_preprocess)
+        check_start(source, limit=data.max_unreadable, parity=data.parity_preprocess)
     except (ValueError, OSError) as error:
         raise ConfigError(f"config.data.train={data.train}: {error}") from error
     return source

@@ -17,19 +17,24 @@ class MetricLog:
     """
 
     def __init__(self, workdir: Path, config: Config, step: int):
+        self._file = self._events = self._wandb = None
+        if jax.process_index():
+            return  # the numbers are the same on every process: the first one writes them
         self._path = workdir / "metrics.jsonl"
         lines = read_metrics(workdir)
         kept = [line for line in lines if line["step"] <= step]
         if len(kept) < len(lines):
             self._path.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._file = self._path.open("a")
-        self._events = None
         if config.log.tensorboard:
             self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
-        self._wandb = _start_wandb(config, workdir) if config.log.wandb_project else None
+        if config.log.wandb_project:
+            self._wandb = _start_wandb(config, workdir)
 
     def write(self, step: int, episode: int, phase: str, values: dict[str, float]) -> None:
         """Records numbers of a step; values that are not finite become null in the JSON."""
+        if self._file is None:
+            return
         line = {"step": step, "episode": episode, "phase": phase}
         line |= {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._file.write(json.dumps(line) + "\n")
@@ -42,7 +47,8 @@ class MetricLog:
 
     def close(self) -> None:
         """Flushes everything."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._events is not None:
             self._events.close()
         if self._wandb is not None:
@@ -50,12 +56,15 @@ class MetricLog:
 
 
 class Meter:
-    """Means of metrics that stay on the devices until somebody asks."""
+    """Means of metrics that stay on the devices until somebody asks.
+
+    Steps whose update was skipped count in `skipped` only: their loss is no number.
+    """
 
     def __init__(self):
         self._waiting: list[dict[str, jax.Array]] = []
         self._sums: dict[str, float] = {}
-        self._count = 0
+        self._counts: dict[str, int] = {}
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -64,19 +73,27 @@ class Meter:
         """Keeps the metrics of a step without waiting for them."""
         self._waiting.append(metrics)
 
-    def take(self, into: "Meter") -> dict[str, float]:
-        """Fetches what waits, adds it to another meter, and returns its mean."""
-        fetched = jax.device_get(self._waiting)
+    def take(self, into: "Meter") -> list[dict[str, float]]:
+        """Fetches what waits, step by step, and adds it to another meter."""
+        rows = [
+            {name: float(value) for name, value in row.items()}
+            for row in jax.device_get(self._waiting)
+        ]
         self._waiting = []
-        sums = {name: float(sum(row[name] for row in fetched)) for name in fetched[0]}
-        for name, value in sums.items():
-            into._sums[name] = into._sums.get(name, 0.0) + value
-        into._count += len(fetched)
-        return {name: value / len(fetched) for name, value in sums.items()}
+        for row in rows:
+            into.count(row)
+        return rows
+
+    def count(self, row: dict[str, float]) -> None:
+        """Adds the numbers of a step."""
+        for name, value in row.items():
+            if name == "skipped" or not row.get("skipped"):
+                self._sums[name] = self._sums.get(name, 0.0) + value
+                self._counts[name] = self._counts.get(name, 0) + 1
 
     def mean(self) -> dict[str, float]:
-        """Mean of all that was added by `take`."""
-        return {name: value / self._count for name, value in self._sums.items()}
+        """Mean of all that was counted."""
+        return {name: value / self._counts[name] for name, value in self._sums.items()}
 
 
 def read_metrics(workdir: Path) -> list[dict]:

@@ -3,7 +3,10 @@
 An episode is the paper's five steps: draw, extract, cluster, back-translate, train.
 """
 
+import contextlib
 import functools
+import itertools
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +21,39 @@ from protoclip_jax.episodes.kmeans import Clusters, kmeans
 from protoclip_jax.episodes.prototypes import build_prototypes
 from protoclip_jax.training import record, state, step
 from protoclip_jax.training.checkpoint import Checkpoints
+from protoclip_jax.training.compiled import CompiledStep
 from protoclip_jax.training.evaluator import Evaluator
 from protoclip_jax.training.input import Input
 from protoclip_jax.training.logging import Meter, MetricLog, check_wandb
+from protoclip_jax.training.pace import Pace
 from protoclip_jax.training.phases import Phase, phase_of
-from protoclip_jax.training.progress import Progress, Stopwatch
+from protoclip_jax.training.profile import Profile
+from protoclip_jax.training.progress import Progress
+from protoclip_jax.training.reporter import Reporter, cluster_numbers
+from protoclip_jax.training.requests import LEAVE, Leaving, Requests
+from protoclip_jax.training.restore import start_weights
+from protoclip_jax.training.stopwatch import Stopwatch
+
+# Prototypes, and labels by position as host arrays: what training needs of the steps before it.
+Prepared = tuple[dict, dict[str, np.ndarray]]
 
 
-def train(config: Config, workdir: Path) -> None:
+def train(config: Config, workdir: Path, profile: str | None = None) -> None:
     """Runs a recipe in a workdir: starts, goes on where it stopped, or says it is finished.
+
+    Args:
+      config: a checked recipe.
+      workdir: folder of the run.
+      profile: "a:b" writes a trace of these steps.
 
     Raises:
       ConfigError: the recipe does not fit the data, or the run that is in the workdir.
-      FloatingPointError: the loss, or another metric, is not finite.
+      CheckpointError: a checkpoint cannot be written.
+      FloatingPointError: too many steps in a row had a loss or gradient that is not finite.
+      Leaving: a signal asked to save and leave.
     """
     check_wandb(config)
-    trainer = Trainer(config, workdir)
+    trainer = Trainer(config, workdir, profile)
     try:
         trainer.run()
     finally:
@@ -43,11 +63,12 @@ def train(config: Config, workdir: Path) -> None:
 class Trainer:
     """A run: its state on the devices, its input, and where its numbers go."""
 
-    def __init__(self, config: Config, workdir: Path):
+    def __init__(self, config: Config, workdir: Path, profile: str | None = None):
         self.config, self.workdir = config, workdir
         self.mesh = state.make_mesh(config.mesh.fsdp)
         self.replicated = NamedSharding(self.mesh, PartitionSpec())
         self.model = state.model_of(config)
+        self.profile = Profile(profile, workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         self.input = Input(
             config,
@@ -56,93 +77,137 @@ class Trainer:
             self.mesh,
             workdir,
         )
-        self.checkpoints = Checkpoints(workdir, config.checkpoint.keep)
+        self.progress = Progress(config.total_steps, config.log.progress)
+        self.checkpoints = Checkpoints(workdir, config.checkpoint, config.steps_per_episode)
         self.meta = record.meta(config) | self.input.fingerprints()
-        latest = self.checkpoints.latest()
-        if latest is not None:
-            record.check_resumable(workdir, self.checkpoints.meta(latest), self.meta)
         self.graphdef, self.state = state.create(config, self.mesh)
-        if latest is None:
-            record.write(workdir, config)
-        else:
-            self.state = self.checkpoints.restore(latest, self.state)
-        self.done = latest or 0
-        self.progress = Progress(config.total_steps, self.done, config.log.progress)
+        self.done, self.interrupted = self.restored()
+        self.saved = self.done
+        self.progress.start(self.done)
         self.log = MetricLog(workdir, config, self.done)
-        self.evaluator = Evaluator(config, self.model, self.graphdef)
-        self.train_steps: dict[Phase, step.Step] = {}
+        self.reporter = Reporter(config, self.progress, self.log)
+        self.evaluator = Evaluator(config, self.model, self.graphdef, self.mesh)
+        self.requests = Requests(config.checkpoint.minutes, self.mesh)
+        self.train_steps: dict[Phase, CompiledStep] = {}
+        by_row = NamedSharding(self.mesh, PartitionSpec(state.BATCH_AXES))
         self.extract_step = jax.jit(
-            make_extract_step(self.graphdef, step.image_preparation(config, "extract"))
+            make_extract_step(self.graphdef, step.image_preparation(config, "extract")),
+            out_shardings=by_row,
         )
+
+    def restored(self) -> tuple[int, Prepared | None]:
+        """Takes over the newest checkpoint that reads back whole.
+
+        Returns:
+          Finished steps, and what was prepared for the episode that the checkpoint interrupts.
+        """
+        found = self.checkpoints.newest_whole(self._read, self.progress.say)
+        if found is None:
+            record.write(self.workdir, self.config)
+            if self.config.model.weights is not None:
+                self.state |= start_weights(Path(self.config.model.weights), self.state)
+            return 0, None
+        done, (self.state, prepared) = found
+        return done, prepared
+
+    def _read(self, done: int) -> tuple[dict, Prepared | None]:
+        record.check_resumable(self.workdir, self.checkpoints.meta(done), self.meta)
+        restored = self.checkpoints.restore(done, self.state)
+        episode, steps = divmod(done, self.config.steps_per_episode)
+        if not steps or episode not in self.config.prototype_episodes:
+            return restored, None
+        kept = self.checkpoints.episode(done, self.replicated)
+        if kept is None:
+            raise ValueError("the episode's prototypes are missing")
+        return restored, (kept["prototypes"], jax.tree.map(np.asarray, kept["labels"]))
 
     def run(self) -> None:
         """Trains what is left, then prints the table of the evaluation."""
-        config, steps = self.config, self.config.steps_per_episode
+        config = self.config
+        first, steps = divmod(self.done, config.steps_per_episode)
         if self.done == config.total_steps:
             self.progress.say(f"{self.workdir} is finished: {self.done} steps.")
         elif self.done:
             self.progress.say(f"Going on after step {self.done} of {config.total_steps}.")
         else:
-            self.say_source()
+            self.reporter.source(self.input.source)
             self.evaluate("untrained", 0)
-        first = self.done // steps
-        remaining = range(first, config.episode.count)
-        extracted = [e for e in remaining if e in config.prototype_episodes]
-        with (
-            self.input.batches("train", remaining) as self.train_batches,
-            self.input.batches("extract", extracted) as self.extract_batches,
-        ):
-            for episode in remaining:
+        with self.requests, self.input.batches(first, steps) as self.batches:
+            for episode in range(first, config.episode.count):
                 self.run_episode(episode)
+        if self.done and not self.evaluator.measured(self.workdir, self.done):
+            self.evaluate(phase_of(config, config.episode.count - 1).name, config.episode.count - 1)
         self.checkpoints.wait()
         self.progress.close()
-        self.say_result()
+        self.reporter.result(self.workdir, self.evaluator.table(self.workdir))
 
     def run_episode(self, episode: int) -> None:
-        """Draws, extracts, clusters, back-translates, trains; evaluates and saves when due."""
-        config, phase = self.config, phase_of(self.config, episode)
-        clock, numbers = Stopwatch(), {}
-        title = f"episode {episode + 1}/{config.episode.count}"
-        prototypes, labels = None, None
-        if phase.prototypes:
-            self.progress.doing(f"{title} extract")
-            with clock.part("extract"):
-                image, text, rows = self.extract(episode)
-            self.progress.doing(f"{title} cluster")
-            with clock.part("cluster"):
-                clusters = self.cluster(episode, image, text, rows)
-            with clock.part("back-translate"):
-                prototypes, labels = self.back_translate(image, text, clusters)
-            numbers = cluster_numbers(clusters)
-        self.progress.doing(f"{title} {phase.name}")
-        with clock.part("train"):
-            numbers |= self.train(episode, phase, prototypes, labels)
+        """Trains an episode; evaluates and saves when due, and tells."""
+        config, phase, clock = self.config, phase_of(self.config, episode), Stopwatch()
+        numbers, asked = self.train_episode(episode, phase, clock)
+        leave, found = asked == LEAVE, None
         last = episode + 1 == config.episode.count
-        if last or (config.evaluation.every and (episode + 1) % config.evaluation.every == 0):
-            with clock.part("evaluate"):
-                self.evaluate(phase.name, episode)
-        if last or (episode + 1) % config.checkpoint.every == 0:
-            with clock.part("save"):
-                self.checkpoints.save(self.done, self.state, self.meta)
-        seconds = {f"seconds/{name}": value for name, value in clock.seconds.items()}
-        self.log.write(self.done, episode, phase.name, numbers | seconds)
-        losses = ", ".join(f"{name} {value:.3f}" for name, value in shown(numbers).items())
-        self.progress.say(f"{title} {phase.name}: {losses} ({clock.line()})")
+        due = config.evaluation.every and (episode + 1) % config.evaluation.every == 0
+        if (last or due) and not leave:
+            with self.part(clock, "evaluate"):
+                found = self.evaluate(phase.name, episode)
+        if last or leave or (episode + 1) % config.checkpoint.every == 0:
+            with self.part(clock, "save"):
+                self.save(metrics=found)
+        self.reporter.episode(self.done, episode, phase, numbers, clock)
+        if leave:
+            self.leave()
 
-    def extract(self, episode: int) -> tuple[jax.Array, jax.Array, np.ndarray]:
-        """Projected features of every position, float32 (n, d), and the rows that were read."""
-        size, batch_size = self.config.episode.size, self.config.optimizer.batch
-        rows, features = [], []
-        for _ in range(-(-size // batch_size)):
-            batch = next(self.extract_batches)
+    def train_episode(
+        self, episode: int, phase: Phase, clock: Stopwatch
+    ) -> tuple[dict[str, float], int]:
+        """Draws, extracts, clusters, back-translates, trains.
+
+        Returns:
+          What there is to log, and what is asked of the run at the end.
+        """
+        self.title, numbers = self.reporter.title(episode), {}
+        prepared, self.interrupted = self.interrupted, None
+        if phase.prototypes and prepared is None:
+            with self.part(clock, "sample"):
+                batches = self.draw()
+            with self.part(clock, "extract"):
+                image, text, rows = self.extract(episode, batches)
+            with self.part(clock, "cluster"):
+                clusters = self.cluster(episode, image, text, rows)
+            with self.part(clock, "back-translate"):
+                prepared = self.back_translate(image, text, clusters)
+            numbers = cluster_numbers(clusters)
+            self.reporter.prototypes(numbers, self.batches.roomless)
+        with self.part(clock, "train", phase.name):
+            trained, asked = self.train(episode, phase, prepared)
+        return numbers | trained, asked
+
+    def draw(self) -> Iterator[dict]:
+        """The episode's batches to extract, once the first of them is there."""
+        count = -(-self.config.extracted // self.config.optimizer.batch)
+        first = next(self.batches)
+        return itertools.chain([first], itertools.islice(self.batches, count - 1))
+
+    def extract(
+        self, episode: int, batches: Iterable[dict]
+    ) -> tuple[jax.Array, jax.Array, np.ndarray]:
+        """Projected features, float32 (n, d), of the extracted positions, and the rows read."""
+        pace, rows, features = Pace(), [], []
+        for batch in batches:
             rows.append(batch["row"])
             arrays = self.input.on_devices(step_inputs(batch))
             parts = self.extract_step(
                 self.state["params"], self.state["batch_stats"], arrays, np.int32(episode)
             )
+            pace.dispatched(parts[0])
             features.append(parts)
-        image, text = in_episode_order(features, size)
-        return image, text, np.concatenate(rows)[:size]
+            if self.requests.after_step() == LEAVE:  # nothing of this episode is worth keeping
+                self.save()
+                self.leave()
+        count = self.config.extracted
+        image, text = jax.block_until_ready(in_episode_order(features, count, self.replicated))
+        return image, text, self.input.all_rows(rows)[:count]
 
     def cluster(self, episode: int, image, text, rows: np.ndarray) -> dict[str, Clusters]:
         """k-means in each modality, and of the teacher's rows."""
@@ -165,10 +230,10 @@ class Trainer:
         if self.input.teacher is not None:
             teacher = self.input.teacher.rows(rows)
             clusters["external"] = run(teacher, self.config.external_prototypes)
-        return clusters
+        return jax.block_until_ready(clusters)
 
-    def back_translate(self, image, text, clusters: dict[str, Clusters]) -> tuple[dict, dict]:
-        """Prototypes in each student's own space, and the labels by position as host arrays."""
+    def back_translate(self, image, text, clusters: dict[str, Clusters]) -> Prepared:
+        """Prototypes in each student's own space; positions not extracted have the label -1."""
         external = clusters.get("external")
         prototypes = build_prototypes(
             image,
@@ -178,82 +243,95 @@ class Trainer:
             None if external is None else external.labels,
             self.config.external_prototypes,
         )
-        labels = {name: np.asarray(found.labels) for name, found in clusters.items()}
-        return jax.device_put(prototypes, self.replicated), labels
+        if external is not None and self.config.episode.online is not None:
+            prototypes["external"]["centroids"] = external.centroids
+        rest = (0, self.config.episode.size - self.config.extracted)
+        labels = {
+            name: np.pad(np.asarray(found.labels), rest, constant_values=-1)
+            for name, found in clusters.items()
+        }
+        return jax.block_until_ready(jax.device_put(prototypes, self.replicated)), labels
 
-    def train(self, episode: int, phase: Phase, prototypes, labels) -> dict[str, float]:
-        """Steps through the episode; returns the mean of every metric over it."""
+    def train(
+        self, episode: int, phase: Phase, prepared: Prepared | None
+    ) -> tuple[dict[str, float], int]:
+        """Steps through what is left of the episode; saves on the way when asked.
+
+        Returns:
+          The mean of every metric, and what is asked of the run after the last step.
+        """
         if phase not in self.train_steps:
             self.train_steps[phase] = self.compiled(phase)
-        train_step = self.train_steps[phase]
-        recent, whole = Meter(), Meter()
-        for _ in range(self.config.steps_per_episode):
-            batch = next(self.train_batches)
-            inputs = step_inputs(batch)
-            if labels is not None:
-                inputs["labels"] = {
-                    name: found[inputs["position"]] for name, found in labels.items()
-                }
+        train_step, asked = self.train_steps[phase], 0
+        prototypes, labels = prepared or (None, None)
+        pace, recent, whole = Pace(), Meter(), Meter()
+        steps = self.config.steps_per_episode
+        self.reporter.begin()
+        for index in range(self.done % steps, steps):
+            self.profile.before(self.done)
+            inputs = self.train_inputs(pace.next(self.batches), labels)
             arrays = self.input.on_devices(inputs)
             with jax.transfer_guard("disallow"):
                 self.state, metrics = train_step(self.state, arrays, prototypes)
+            pace.dispatched(metrics["loss/total"])
             self.done += 1
             self.progress.step()
             recent.add(metrics)
-            if self.done % self.config.log.every == 0:
-                self.report(episode, phase, recent, whole)
-        self.report(episode, phase, recent, whole)
-        return whole.mean()
+            asked = self.requests.after_step()
+            if self.done % self.config.log.every == 0 or asked or index + 1 == steps:
+                self.reporter.steps(self.done, episode, phase, recent, whole, train_step.flops)
+            if asked and index + 1 < steps:
+                self.save({"prototypes": prototypes, "labels": labels} if prepared else None)
+                if asked == LEAVE:
+                    self.leave()
+        jax.block_until_ready(self.state)
+        return whole.mean() | {"seconds/input_wait": pace.waited}, asked
 
-    def compiled(self, phase: Phase) -> step.Step:
+    def train_inputs(self, batch: dict[str, Any], labels: dict | None) -> dict[str, Any]:
+        """A host batch with its labels, and with the teacher's rows where the step makes labels."""
+        inputs = step_inputs(batch)
+        if labels is not None:
+            inputs["labels"] = {name: found[inputs["position"]] for name, found in labels.items()}
+            if self.config.episode.online is not None and self.input.teacher is not None:
+                inputs["teacher"] = self.input.teacher.rows(batch["row"])
+        return inputs
+
+    def compiled(self, phase: Phase) -> CompiledStep:
         """The compiled step of a phase; the state that goes in is given away."""
         function = step.make_train_step(self.graphdef, self.config, phase, self.mesh)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state)
-        return jax.jit(function, donate_argnums=0, out_shardings=(shardings, self.replicated))
+        return CompiledStep(function, donate_argnums=0, out_shardings=(shardings, self.replicated))
 
-    def report(self, episode: int, phase: Phase, recent: Meter, whole: Meter) -> None:
-        """Fetches the metrics since the last report, logs and shows their mean."""
-        if not len(recent):
-            return
-        values = recent.take(into=whole)
-        broken = [name for name, value in values.items() if not np.isfinite(value)]
-        if broken:
-            raise FloatingPointError(
-                f"not finite around step {self.done}: {', '.join(broken)}; lower "
-                "optimizer.learning_rate or set optimizer.clip_norm, in a new workdir"
-            )
-        self.log.write(
-            self.done, episode, phase.name, {f"train/{name}": v for name, v in values.items()}
-        )
-        self.progress.show(shown(values))
-
-    def evaluate(self, phase: str, episode: int) -> None:
+    def evaluate(self, phase: str, episode: int) -> dict[str, float]:
         """Measures the model as it stands and logs it."""
         self.progress.doing(f"evaluate ({phase})")
         values = self.evaluator.measure(self.state["params"], self.state["batch_stats"])
         if values:
             self.log.write(self.done, episode, phase, values)
+        return values
 
-    def say_source(self) -> None:
-        """Tells how many pairs there are, and which rows of a list are none."""
-        source = self.input.source
-        self.progress.say(f"{len(source):,} pairs of {source.name}.")
-        for reason, dropped in getattr(source, "report", {}).items():
-            self.progress.say(f"  left out, {reason}: {dropped}")
+    def save(self, episode: dict | None = None, metrics: dict[str, float] | None = None) -> None:
+        """Starts to save the state as it stands, unless that is saved already."""
+        if self.done != self.saved:
+            self.checkpoints.save(self.done, self.state, self.meta, episode, metrics)
+            self.saved = self.done
+        self.requests.saved()
 
-    def say_result(self) -> None:
-        """Prints the table and what to do next."""
-        table = self.evaluator.table(self.workdir)
-        if table:
-            print(table)
-        print(
-            f"\nNext: python -m protoclip_jax.evaluate --workdir={self.workdir}\n"
-            f'or in Python: model = protoclip_jax.load("{self.workdir}"); '
-            'model.encode_text(["a red kite"])'
-        )
+    def leave(self) -> None:
+        """Waits until all is saved, and leaves."""
+        self.checkpoints.wait()
+        raise Leaving(self.done)
+
+    @contextlib.contextmanager
+    def part(self, clock: Stopwatch, name: str, shown_as: str | None = None) -> Iterator[None]:
+        """Times a part of the episode and names it on the bar."""
+        self.progress.doing(f"{self.title} {shown_as or name}")
+        with clock.part(name):
+            yield
 
     def close(self) -> None:
         """Finishes what is being written."""
+        self.profile.close()
         self.progress.close()
         self.log.close()
         self.checkpoints.close()
@@ -266,20 +344,3 @@ def step_inputs(batch: dict[str, Any]) -> dict[str, np.ndarray]:
         "tokens": batch["tokens"],
         "position": batch["position"].astype(np.int32),
     }
-
-
-def cluster_numbers(clusters: dict[str, Clusters]) -> dict[str, float]:
-    """What there is to log about an episode's clusters."""
-    numbers = {}
-    for name, found in clusters.items():
-        numbers[f"clusters/{name}_used"] = float(np.count_nonzero(np.asarray(found.counts)))
-        numbers[f"clusters/{name}_objective"] = float(found.objective)
-        numbers[f"clusters/{name}_iterations"] = float(found.iterations)
-        numbers[f"clusters/{name}_nonfinite_rows"] = float(found.nonfinite)
-    return numbers
-
-
-def shown(values: dict[str, float]) -> dict[str, float]:
-    """The loss terms, by their short names."""
-    terms = ("total", "clip", "prototype", "external")
-    return {term: values[f"loss/{term}"] for term in terms if f"loss/{term}" in values}

@@ -1,10 +1,8 @@
 """What a person sees of a run: a bar with phase, episode, loss and time left, and plain lines."""
 
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
+import jax
 from tqdm import tqdm
 
 
@@ -16,19 +14,26 @@ class Progress:
     lines alone tell the story.
     """
 
-    def __init__(self, total: int, done: int, enabled: bool = True):
+    def __init__(self, total: int, enabled: bool = True):
+        self._quiet = jax.process_index() > 0  # one process tells the story
         self._bar = tqdm(
             total=total,
-            initial=done,
-            disable=not (enabled and sys.stderr.isatty()),
+            disable=self._quiet or not (enabled and sys.stderr.isatty()),
             smoothing=0,  # the mean pace: an episode's extraction comes in bursts
             dynamic_ncols=True,
             bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}"
             " [{elapsed}<{remaining}]{postfix}",
         )
 
+    def start(self, done: int) -> None:
+        """Begins at a step: what was done by an earlier process is not in the pace."""
+        self._bar.initial = done
+        self._bar.reset()
+
     def say(self, text: str) -> None:
         """Prints a line above the bar."""
+        if self._quiet:
+            return
         tqdm.write(text, file=sys.stderr)
         sys.stderr.flush()
 
@@ -47,23 +52,3 @@ class Progress:
     def close(self) -> None:
         """Leaves the bar as it stands."""
         self._bar.close()
-
-
-class Stopwatch:
-    """Seconds of each named part of an episode."""
-
-    def __init__(self):
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Adds the time of the block to the part."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-    def line(self) -> str:
-        """The parts in one line, in the order in which they happened."""
-        return ", ".join(f"{name} {value:.1f} s" for name, value in self.seconds.items())

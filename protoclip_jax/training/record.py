@@ -16,11 +16,25 @@ RECIPE_FILE = "recipe.json"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 # What may differ between a stop and a resume without changing any number of the run.
-HARMLESS = ("log.", "checkpoint.", "evaluation.", "data.workers", "data.threads", "mesh.")
+HARMLESS = (
+    "log.",
+    "checkpoint.",
+    "evaluation.",
+    "mesh.",
+    "data.workers",
+    "data.threads",
+    "data.keep_gigabytes",
+    "data.max_unreadable",
+    "model.rematerialise",
+    "model.weights",
+    "optimizer.max_skipped",
+)
 
 
 def write(workdir: Path, config: Config) -> None:
     """Stores the resolved recipe with versions, commit and devices in `recipe.json`."""
+    if jax.process_index():
+        return
     devices = jax.devices()
     record = {
         **meta(config),
@@ -71,8 +85,9 @@ def check_resumable(workdir: Path, stored: dict, wanted: dict) -> None:
     )
     if lines:
         raise ConfigError(
-            f"{workdir} holds another run: give its own recipe, or a new --workdir. "
-            "Differences:\n  " + "\n  ".join(lines)
+            f"{workdir} holds another run: give its own recipe, or a new --workdir, which may "
+            f"start from these weights with --config.model.weights={workdir}. Differences:\n  "
+            + "\n  ".join(lines)
         )
 
 

@@ -9,7 +9,44 @@ from protoclip_jax.config import ConfigError
 from protoclip_jax.encoder import Encoder
 from protoclip_jax.recipe import from_flat
 from protoclip_jax.training import record, state
-from protoclip_jax.training.checkpoint import Checkpoints
+from protoclip_jax.training.checkpoint import Checkpoints, differences
+
+
+def start_weights(workdir: Path, like: dict) -> dict:
+    """Parameters and batch statistics of another run, where a new run starts from them.
+
+    Args:
+      workdir: of the other run.
+      like: the new run's TrainState, for shapes and shardings.
+
+    Raises:
+      ConfigError: no run, or one of another model; lists what differs.
+    """
+    config = from_flat(record.read(workdir)["recipe"])
+    _, other = state.shapes(config)
+    items = ("params", "batch_stats")
+    stored, wanted = (
+        {
+            jax.tree_util.keystr(path): str(leaf.shape)
+            for path, leaf in jax.tree_util.tree_leaves_with_path([tree[name] for name in items])
+        }
+        for tree in (other, like)
+    )
+    if lines := differences(stored, wanted):
+        raise ConfigError(
+            f"config.model.weights={workdir} is another model. Differences:\n  "
+            + "\n  ".join(lines[:20])
+        )
+    checkpoints = Checkpoints(workdir)
+    try:
+        found = checkpoints.newest_whole(
+            lambda step: checkpoints.restore(step, {name: like[name] for name in items})
+        )
+    finally:
+        checkpoints.close()
+    if found is None:
+        raise ConfigError(f"config.model.weights={workdir} holds no complete checkpoint yet")
+    return found[1]
 
 
 def restore_encoder(workdir: Path, step: int | None = None) -> Encoder:

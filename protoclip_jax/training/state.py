@@ -70,7 +70,7 @@ def create(config: Config, mesh: Mesh) -> tuple[nnx.GraphDef, dict[str, Any]]:
 def shardings(state: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
     """Where every array of a TrainState lies: the model's table, moments beside their weights."""
     whole = PartitionSpec()
-    specs = sharding.partition_specs(state["params"])
+    specs = sharding.partition_specs(state["params"], mesh)
     tree = {
         "step": whole,
         "params": specs,

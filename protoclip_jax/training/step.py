@@ -9,10 +9,11 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from protoclip_jax.config import Config
-from protoclip_jax.data import augmentation, pipeline
+from protoclip_jax.data import augmentation, walk
+from protoclip_jax.episodes.online import agreement, online_labels
 from protoclip_jax.models import clip
 from protoclip_jax.objectives.total import total_loss
-from protoclip_jax.training import optimizer, schedule
+from protoclip_jax.training import gradients, optimizer, schedule
 from protoclip_jax.training.phases import Phase
 
 State = dict[str, Any]
@@ -57,34 +58,42 @@ def make_train_step(
       state: {"step", "params", "batch_stats", "opt_state"},
       batch: "image" (b, h, w, 3), uint8 or already normalised floats; "tokens" int32 (b, t);
         "position" int32 (b,), places in the episode; "labels": cluster of every row by teacher
-        ("image", "text", "external") in a prototype episode,
+        ("image", "text", "external") in a prototype episode, with online assignment -1 for pairs
+        that were not extracted; "teacher" (b, e), with online assignment and a teacher,
       prototypes: what `episodes.prototypes.build_prototypes` returns, or None;
-    and returns the next state and float32 scalars.
+    and returns the next state and float32 scalars. Where the loss or the gradient is not finite,
+    nothing moves but the count of steps, and `skipped` is 1.
     """
     rates = schedule.learning_rates(schedule_settings(config))
     adamw = optimizer_settings(config)
     prepare = image_preparation(config, "train")
+    online, parts = config.episode.online is not None, config.optimizer.accumulate
 
     def train_step(state, batch, prototypes):
         params, step = state["params"], state["step"]
         episode = step // config.steps_per_episode
-        images = prepare(batch["image"], episode, batch["position"])
 
-        def loss_of(params):
-            features, stats = clip.apply(
+        def forward(params, rows):
+            return clip.apply(
                 graphdef,
                 _without_gradient(params, phase.trained),
                 state["batch_stats"],
-                images,
-                batch["tokens"],
+                prepare(rows["image"], episode, rows["position"]),
+                rows["tokens"],
                 train=True,
                 train_image=phase.train_image,
                 project=phase.project,
             )
-            loss, metrics = total_loss(
+
+        def loss(features, scales):
+            labels, metrics = batch.get("labels", {}), {}
+            if online and phase.prototypes:
+                offline, labels = labels, online_labels(features, batch.get("teacher"), prototypes)
+                metrics = agreement(labels, offline)
+            total, terms = total_loss(
                 features,
-                _logit_scales(params),
-                batch.get("labels", {}),
+                scales,
+                labels,
                 prototypes or {},
                 phase.weights,
                 temperature=config.objective.temperature,
@@ -93,14 +102,28 @@ def make_train_step(
                 compute_all=phase.compute_all,
                 mesh=mesh,
             )
-            return loss, (metrics, stats)
+            return total, metrics | terms
 
-        grads, (metrics, stats) = jax.grad(loss_of, has_aux=True)(params)
+        towers = gradients.rematerialised(forward) if config.model.rematerialise else forward
+        rows = {name: batch[name] for name in ("image", "tokens", "position")}
+        if parts == 1:
+            grads, metrics, stats = gradients.at_once(towers, loss, params, rows, _logit_scales)
+        else:
+            grads, metrics, stats = gradients.by_parts(
+                towers, loss, params, rows, _logit_scales, parts, mesh
+            )
         lrs = rates(step)
         params, opt_state, norms = optimizer.update(
             grads, state["opt_state"], params, lrs, adamw, phase.trained
         )
-        metrics |= norms | {f"learning_rate/{tower}": rate for tower, rate in lrs.items()}
+        finite = jnp.isfinite(metrics["loss/total"]) & jnp.isfinite(norms["grad_norm"])
+        params, opt_state, stats = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (params, opt_state, stats),
+            (state["params"], state["opt_state"], state["batch_stats"]),
+        )
+        metrics |= norms | {"skipped": 1.0 - finite.astype(jnp.float32)}
+        metrics |= {f"learning_rate/{tower}": rate for tower, rate in lrs.items()}
         metrics |= {f"{name}_after": value for name, value in _logit_scales(params).items()}
         new_state = {
             "step": step + 1,
@@ -133,7 +156,7 @@ def image_preparation(config: Config, purpose: str) -> Callable[..., jax.Array]:
             return images
         images = augmentation.unit(images)
         if colour is not None:
-            number = pipeline.PASSES[purpose]
+            number = walk.PASSES[purpose]
             keys = augmentation.sample_keys(config.seed, episode, number, positions)
             images = augmentation.colour(images, keys, colour)
         return augmentation.normalise(images)

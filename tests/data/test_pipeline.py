@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from protoclip_jax.data import pipeline
-from protoclip_jax.data.augmentation import AUGMENTATIONS, training_crop
+from protoclip_jax.data.augmentation import AUGMENTATIONS, augmentation_named, training_crop
 from protoclip_jax.data.decoding import (
     MISSING,
     NOT_A_FILE,
@@ -21,10 +21,14 @@ from protoclip_jax.data.decoding import (
     evaluation_crop,
     load,
 )
-from protoclip_jax.data.pipeline import batches, check_start
+from protoclip_jax.data.kept import Keep, KeptPairs, Pair, opened
+from protoclip_jax.data.pipeline import Batches
+from protoclip_jax.data.reader import Reading
 from protoclip_jax.data.sources import open_source
+from protoclip_jax.data.start_check import check_start
 from protoclip_jax.data.tokenizer import Tokenizer
 from protoclip_jax.data.unreadable import UnreadableLog
+from protoclip_jax.data.walk import PASSES, Section, Walk
 
 CASES = Path(__file__).parents[1] / "cases"
 SIZE = 24
@@ -46,13 +50,57 @@ class Shuffled:
         return rng.permutation(np.arange(self.size) % self.pairs)
 
 
-def run(source, **options) -> list[dict]:
-    """All batches of a pass with small settings."""
+def open_batches(source, **options):
+    """An iterator with small settings: passes of one kind over some episodes, or `sections`."""
     size = options.setdefault("size", len(source))
-    settings = {"episodes": [0, 1], "batch": 4, "image_size": SIZE, "threads": 2, "seed": 7}
-    settings |= options
-    rows = settings.pop("rows_of_episode", Shuffled(len(source), size))
-    with batches(source, Tokenizer(16), rows, **settings) as iterator:
+    settings = {
+        "kind": "train",
+        "episodes": [0, 1],
+        "batch": 4,
+        "start": (0, 0),
+        "augmentation": "none",
+        "rows_of_episode": Shuffled(len(source), size),
+        "keep": Keep(),
+        "workers": 0,
+        "threads": 2,
+        "seed": 7,
+        "image_size": SIZE,
+        "process_index": 0,
+        "process_count": 1,
+        "unreadable": None,
+        "sections": None,
+    } | options
+    get = settings.__getitem__
+    positions = size if get("kind") == "extract" else size // get("batch") * get("batch")
+    first, step = get("start")
+    sections = get("sections") or [
+        Section(get("kind"), episode, positions, step if number == 0 else 0)
+        for number, episode in enumerate(get("episodes")[first:])
+    ]
+    how = augmentation_named(get("augmentation"))
+    names = ("workers", "process_index", "process_count")
+    return Batches(
+        Walk(sections, get("batch"), **{name: get(name) for name in names}),
+        Reading(
+            source=source,
+            tokenizer=Tokenizer(16),
+            rows_of_episode=get("rows_of_episode"),
+            size=size,
+            seed=get("seed"),
+            image_size=get("image_size"),
+            augmentation={"train": how, "extract": how},
+            parity=False,
+            keep=get("keep"),
+        ),
+        workers=get("workers"),
+        threads=get("threads"),
+        unreadable=get("unreadable"),
+    )
+
+
+def run(source, **options) -> list[dict]:
+    """All batches of `open_batches`."""
+    with open_batches(source, **options) as iterator:
         return list(iterator)
 
 
@@ -88,7 +136,7 @@ def test_batches_equal_a_plain_loop(kind, name):
                 if how is None:
                     expected = evaluation_crop(load(data), SIZE)
                 else:
-                    rng = np.random.default_rng([7, episode, pipeline.PASSES[kind], position])
+                    rng = np.random.default_rng([7, episode, PASSES[kind], position])
                     expected = training_crop(load(data), rng, SIZE, how.scale, how.ratio, how.flip)
                 np.testing.assert_array_equal(batch["image"][at], expected)
     assert number == len(actual)
@@ -96,7 +144,7 @@ def test_batches_equal_a_plain_loop(kind, name):
 
 def test_shapes_and_types():
     batch = run(case_source("DIST-01"), process_count=2, process_index=1)[0]
-    assert set(batch) == {*KEYS, "episode"}
+    assert set(batch) == {*KEYS, "episode", "kind"}
     assert (batch["image"].shape, batch["image"].dtype) == ((2, SIZE, SIZE, 3), np.uint8)
     assert (batch["tokens"].shape, batch["tokens"].dtype) == ((2, 16), np.int32)
     for key, kind in (("position", np.int64), ("row", np.int64), ("valid", bool)):
@@ -336,7 +384,6 @@ def test_check_start_stops_when_nothing_can_be_read(tmp_path):
     [
         ({"kind": "test"}, "kind 'test' is unknown: use one of train, extract"),
         ({"batch": 5, "process_count": 2}, "5 does not divide over 2 processes"),
-        ({"batch": 14}, "13 positions is smaller than one batch of 14"),
         ({"augmentation": "heavy"}, "'heavy' is unknown"),
     ],
 )
@@ -347,9 +394,7 @@ def test_settings_that_cannot_work(options, message):
 
 def test_closing_early():
     source = case_source("DIST-01")
-    iterator = batches(
-        source, Tokenizer(16), Shuffled(13, 13), episodes=range(100), size=13, batch=4, image_size=8
-    )
+    iterator = open_batches(source, episodes=range(100))
     assert len(iterator) == 300
     next(iterator)
     assert len(iterator) == 299
@@ -378,16 +423,21 @@ def test_leaving_with_live_workers_is_quiet(tmp_path, way):
         textwrap.dedent(f"""
         import sys
         import numpy as np
-        from protoclip_jax.data.pipeline import batches
+        from protoclip_jax.data.kept import Keep
+        from protoclip_jax.data.pipeline import Batches
+        from protoclip_jax.data.reader import Reading
         from protoclip_jax.data.sources import open_source
         from protoclip_jax.data.tokenizer import Tokenizer
+        from protoclip_jax.data.walk import Section, Walk
 
         if __name__ == "__main__":
             source = open_source({str(CASES / "DIST-01" / "pairs.tsv")!r})
-            iterator = batches(
-                source, Tokenizer(16), lambda episode: np.arange(13), episodes=range(1000),
-                size=13, batch=4, image_size=32, workers=2,
+            sections = [Section("train", episode, 12) for episode in range(1000)]
+            reading = Reading(
+                source, Tokenizer(16), lambda episode: np.arange(13), 13, 0, 32, {{"train": None}},
+                False, Keep(),
             )
+            iterator = Batches(Walk(sections, 4, workers=2), reading, workers=2)
             kept = [next(iterator) for _ in range(3)]
             {"sys.exit(0)" if way == "exit" else "raise ValueError('stop')"}
         """)
@@ -400,3 +450,148 @@ def test_leaving_with_live_workers_is_quiet(tmp_path, way):
     lines = result.stderr.strip().splitlines()
     assert "Exception ignored" not in result.stderr
     assert lines == [] if way == "exit" else lines[-1] == "ValueError: stop"
+
+
+# Pictures kept between the passes.
+
+
+def both_passes(episodes, size: int, batch: int = 4, extracted: int | None = None) -> list[Section]:
+    """As a run walks: an episode of training alone, then extraction before each training."""
+    trained = size // batch * batch
+    sections = [Section("train", episodes[0], trained)]
+    for episode in episodes[1:]:
+        sections.append(Section("extract", episode, size if extracted is None else extracted))
+        sections.append(Section("train", episode, trained))
+    return sections
+
+
+class Counted:
+    """A source that counts its reads."""
+
+    def __init__(self, source):
+        self._source, self.reads = source, []
+        self.name, self.fingerprint = source.name, source.fingerprint
+
+    def __len__(self):
+        return len(self._source)
+
+    def read(self, row):
+        self.reads.append(row)
+        return self._source.read(row)
+
+
+@pytest.mark.parametrize("form", ["pixels", "jpeg"])
+@pytest.mark.parametrize("extracted", [61, 21])
+def test_a_picture_is_read_once_an_episode(form, extracted):
+    source = Counted(case_source("DIST-01"))
+    sections = both_passes([0, 1, 2], 61, extracted=extracted)
+    run(source, sections=sections, size=61, keep=Keep(form, 256, 10**9))
+    # Position 60 is in no batch of training. Two batches are in work at a time, so that at the
+    # border of two passes a picture of the second may be read before the first has kept it.
+    once = 60 + 2 * max(60, extracted)
+    assert once <= len(source.reads) <= once + 4
+    twice = Counted(source)
+    run(twice, sections=sections, size=61)
+    assert len(twice.reads) == 60 + 2 * (60 + extracted)
+
+
+@pytest.mark.parametrize("form", ["pixels", "jpeg"])
+@pytest.mark.parametrize("budget", [0, 40_000, 10**9])
+@pytest.mark.parametrize("workers", [0, 2, 3])
+def test_room_and_workers_change_no_batch(form, budget, workers):
+    source = case_source("IMG-01")  # with two rows to be replaced
+    options = {
+        "sections": both_passes([3, 0, 1], len(source)),
+        "augmentation": "light",
+        "threads": 1,
+    }
+    expected = run(source, keep=Keep(form, 20, 0), **options)
+    actual = run(source, keep=Keep(form, 20, budget), workers=workers, **options)
+    assert_equal_batches(actual, expected)
+
+
+def test_kept_pixels_of_small_pictures_change_nothing():
+    source = case_source("DIST-01")
+    options = {"sections": both_passes([0, 1], 13), "augmentation": "light"}
+    assert_equal_batches(
+        run(source, keep=Keep("pixels", 4096, 10**9), **options), run(source, **options)
+    )
+
+
+def test_pictures_without_room_are_counted():
+    source = case_source("DIST-01")
+    sections = both_passes([0, 1], 13)
+    for budget, expected in ((10**9, 0), (0, 13)):
+        with open_batches(source, sections=sections, keep=Keep("pixels", 256, budget)) as iterator:
+            list(iterator)
+            assert iterator.roomless == expected
+
+
+def test_decoding_ahead_leaves_extraction_nothing_to_decode():
+    source = Counted(case_source("DIST-01"))
+    sections = both_passes([0, 1], 13)
+    # One thread and no prefetching beyond two batches: after training's last batch was fetched and
+    # the first of extraction, every picture of the next episode has been read.
+    with open_batches(
+        source, sections=sections, keep=Keep("pixels", 256, 10**9), threads=1
+    ) as iterator:
+        for _ in range(3):
+            next(iterator)
+        seen = len(source.reads)
+        list(iterator)
+    assert seen == len(source.reads) == 12 + 13
+
+
+def test_a_run_can_go_on_in_the_middle_of_an_episode():
+    source = case_source("IMG-01")
+    size = len(source)
+    keep = Keep("jpeg", 20, 10**9)
+    whole = run(source, sections=both_passes([0, 1, 2], size), keep=keep, augmentation="light")
+    trained = size // 4 * 4
+    rest = [Section("train", 1, trained, 1), *both_passes([1, 2], size)[1:]]
+    for workers in (0, 2):
+        actual = run(source, sections=rest, keep=keep, augmentation="light", workers=workers)
+        assert_equal_batches(actual, whole[-len(actual) :])
+
+
+def test_steps_of_both_passes_reach_the_same_worker():
+    sections = both_passes([0, 1, 2], 37, extracted=21)
+    for workers in (1, 2, 3, 5):
+        walk = Walk(sections, 4, workers=workers)
+        places = [walk.locate(number) for number in range(len(walk))]
+        assert walk.batches == sum(place is not None for place in places)
+        prepared = []
+        for number, place in enumerate(places):
+            if place is None:
+                continue
+            section, step = place
+            assert number % workers == step % workers
+            upcoming = walk.ahead(number) if section.kind == "train" else None
+            if upcoming:
+                assert all(ahead % workers == step % workers for ahead in upcoming[1])
+                prepared += [(upcoming[0].episode, ahead) for ahead in upcoming[1]]
+        # Every batch of extraction is prepared, once.
+        assert sorted(prepared) == [(episode, step) for episode in (1, 2) for step in range(6)]
+
+
+def test_kept_pairs_stay_within_the_budget():
+    kept = KeptPairs(Keep("pixels", 8, 2000))
+    image = Image.new("RGB", (30, 16))
+    picture = kept.form(image)
+    assert picture.size == (15, 8)
+    pair = Pair(picture, "a", 0)
+    held = [kept.put(0, position, pair) for position in range(4)]
+    assert held == [True, True, False, False]  # 360 bytes of pixels and 400 around them
+    assert kept.bytes <= 2000
+    assert kept.take(0, 0) is pair
+    assert kept.take(0, 0) is None
+    assert kept.put(1, 3, pair)
+    kept.forget_before(1)
+    assert kept.get(0, 1) is None
+    assert kept.get(1, 3) is pair
+
+
+def test_jpeg_keeps_grey_and_cmyk():
+    kept = KeptPairs(Keep("jpeg", 8, 2000))
+    for mode in ("L", "CMYK", "RGB"):
+        assert opened(kept.form(Image.new(mode, (20, 30)))).mode == mode

@@ -3,7 +3,13 @@
 import jax
 import numpy as np
 import pytest
-from tiny_run import metrics, small_config, tiny_models, write_pairs  # noqa: F401 (a fixture)
+from tiny_run import (
+    metrics,
+    small_config,
+    tiny_models,  # noqa: F401 (a fixture)
+    untimed,
+    write_pairs,
+)
 
 import protoclip_jax
 from protoclip_jax.config import ConfigError
@@ -99,8 +105,7 @@ def test_stopped_run_goes_on_bit_for_bit(pairs, tmp_path, monkeypatch):
     assert_equal_trees(final_state(config, whole), final_state(config, broken))
     # The log has every step once, with the same numbers.
     for left, right in zip(metrics(whole), metrics(broken), strict=True):
-        numbers = [name for name in left if not name.startswith("seconds/")]
-        assert {name: left[name] for name in numbers} == {name: right[name] for name in numbers}
+        assert untimed(left) == untimed(right)
 
 
 def test_locked_episode_moves_only_the_text_tower(pairs, tmp_path):
@@ -213,19 +218,114 @@ def test_worker_processes_change_no_number(pairs, tmp_path):
         loop.train(config, tmp_path / str(workers))
         logs.append(metrics(tmp_path / str(workers)))
     for left, right in zip(*logs, strict=True):
-        numbers = [name for name in left if not name.startswith("seconds/")]
-        assert {name: left[name] for name in numbers} == {name: right[name] for name in numbers}
+        assert untimed(left) == untimed(right)
 
 
-def test_loss_that_is_not_finite_stops_the_run_and_names_the_step(pairs, tmp_path):
+def test_steps_that_are_not_finite_are_skipped_and_too_many_stop_the_run(pairs, tmp_path, capsys):
     config = small_config(
-        pairs, num_devices=8, episode__count=2, episode__warmup=2, optimizer__learning_rate=1e30
+        pairs,
+        num_devices=8,
+        episode__count=2,
+        episode__warmup=2,
+        optimizer__learning_rate=1e30,
+        optimizer__max_skipped=3,
     )
-    with pytest.raises(FloatingPointError, match=r"step 2: .*grad_norm"):
-        loop.train(config, tmp_path / "run")
-    assert Checkpoints(tmp_path / "run").latest() is None  # nothing broken was saved
+    workdir = tmp_path / "run"
+    with pytest.raises(FloatingPointError, match=r"3 steps in a row, the last is step 4: .*grad"):
+        loop.train(config, workdir)
+    assert "step 2: not finite: " in capsys.readouterr().err
+    # What was saved after two skipped steps is the state of the last good one.
+    state = final_state(config, workdir)
+    assert state["step"] == 3
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state))
+    assert state["opt_state"]["text"].count == 1
 
 
 def test_load_without_a_run_or_a_checkpoint_says_so(pairs, tmp_path):
     with pytest.raises(ConfigError, match=r"recipe\.json"):
         protoclip_jax.load(tmp_path / "nothing")
+
+
+# Online assignment, kept pictures, and what is told of them.
+
+
+def episode_lines(workdir) -> list[dict]:
+    return [line for line in metrics(workdir) if "seconds/train" in line]
+
+
+def test_online_labels_equal_the_offline_ones_while_nothing_moves(pairs, tmp_path):
+    """Fraction 1, no augmentation, linear heads (batch statistics would move the features)."""
+    frozen = {
+        "model__projection": 0,
+        "data__augmentation": "none",
+        "episode__warmup": 0,
+        "episode__locked": 0,
+        "episode__count": 1,
+        "optimizer__learning_rate": 1e-30,
+        "optimizer__weight_decay": 0,
+    }
+    losses = []
+    for online in ("none", 1):
+        config = three_phases(pairs, tmp_path, **frozen, episode__online=online)
+        loop.train(config, tmp_path / str(online))
+        losses.append(episode_lines(tmp_path / str(online))[-1])
+    assert losses[1]["online/known"] == 1
+    for name in ("image", "text", "external"):
+        assert losses[1][f"online/agreement_{name}"] == 1
+    for name in ("total", "prototype_image", "external_text"):
+        assert losses[0][f"loss/{name}"] == losses[1][f"loss/{name}"]
+
+
+def test_online_run_extracts_a_sample_and_resumes(pairs, tmp_path, capsys):
+    config = three_phases(pairs, tmp_path, episode__online=0.5, episode__count=4)
+    loop.train(config, tmp_path / "run")
+    told = capsys.readouterr().err
+    assert "only 2.0 pairs are clustered for each prototype" in told
+    lines = [line for line in episode_lines(tmp_path / "run") if line["phase"] == "prototype"]
+    assert len(lines) == 2
+    for line in lines:
+        assert line["online/known"] == 0.5
+        assert 0 < line["online/agreement_external"] <= 1  # a teacher's row never moves
+        assert line["share/overhead"] > 0
+    assert lines[0]["online/agreement_external"] == 1
+
+
+@pytest.mark.parametrize("keep", ["none", "pixels", "jpeg"])
+def test_pictures_kept_or_read_twice_give_the_same_run(pairs, tmp_path, keep, capsys):
+    settings = {"data__keep": keep, "data__keep_side": 32, "data__augmentation": "clip"}
+    logs = []
+    for gigabytes in (0, 1):
+        config = three_phases(pairs, tmp_path, **settings, data__keep_gigabytes=gigabytes)
+        workdir = tmp_path / str(gigabytes)
+        loop.train(config, workdir)
+        logs.append([untimed(line) for line in metrics(workdir)])
+        told = "has no room for 24 of an episode's 24 pictures" in capsys.readouterr().err
+        assert told == (keep != "none" and not gigabytes)
+    assert logs[0] == logs[1]
+
+
+def test_episode_line_tells_every_part_and_slow_input(pairs, tmp_path, capsys, monkeypatch):
+    import time
+
+    from protoclip_jax.data import reader
+
+    made = reader.BatchReader.__getitem__
+
+    def slow(self, index):
+        time.sleep(0.5)
+        return made(self, index)
+
+    monkeypatch.setattr(reader.BatchReader, "__getitem__", slow)
+    loop.train(three_phases(pairs, tmp_path), tmp_path / "run")
+    told = capsys.readouterr().err
+    for part in ("sample", "extract", "cluster", "back-translate", "train", "save", "compile"):
+        assert f"{part} " in told
+        assert any(f"seconds/{part}" in line for line in metrics(tmp_path / "run"))
+    assert "devices waited for input" in told
+    assert "raise data.threads=2" in told
+
+
+def test_pictures_larger_than_the_kept_ones_are_refused(pairs, tmp_path):
+    config = small_config(pairs, num_devices=8, data__keep="jpeg", data__keep_side=8)
+    with pytest.raises(ConfigError, match=r"keep_side=8 .* 32 pixels"):
+        loop.train(config, tmp_path / "run")

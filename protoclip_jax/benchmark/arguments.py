@@ -1,0 +1,43 @@
+"""What several benchmarks ask for on the command line."""
+
+import argparse
+
+from protoclip_jax.config import Config, ConfigError
+from protoclip_jax.recipe import apply_override, load_recipe, resolve
+
+_OVERRIDE = "--config."
+
+
+def above_zero(text: str) -> int:
+    """A whole number above 0."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: a whole number above 0 is needed")
+    return value
+
+
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """--config, and any number of --config.SECTION.NAME=VALUE."""
+    parser.add_argument(
+        "--config",
+        default="configs/quickstart.py",
+        help="a recipe; default: configs/quickstart.py. --config.SECTION.NAME=VALUE changes it",
+    )
+
+
+def recipe(options: argparse.Namespace, num_devices: int) -> Config:
+    """The recipe of --config with the overrides of the command line.
+
+    Raises:
+      ConfigError: it cannot be run.
+    """
+    chosen = load_recipe(options.config)
+    for override in options.overrides:
+        path, equals, value = override.removeprefix(_OVERRIDE).partition("=")
+        if not equals:
+            raise ConfigError(f"{override}: write {override}=VALUE")
+        apply_override(chosen, path, value)
+    return resolve(chosen, num_devices)

@@ -1,0 +1,250 @@
+"""What is told of a run: lines and bar for people, numbers for the log."""
+
+import math
+import resource
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from protoclip_jax.config import Config
+from protoclip_jax.data.sources import PairSource
+from protoclip_jax.episodes.kmeans import Clusters
+from protoclip_jax.training.compiled import peak_flops
+from protoclip_jax.training.logging import Meter, MetricLog
+from protoclip_jax.training.phases import Phase
+from protoclip_jax.training.progress import Progress
+from protoclip_jax.training.stopwatch import Stopwatch
+
+OVERHEAD = ("sample", "extract", "cluster", "back-translate")  # what plain CLIP has not
+WAIT_WARNING = 0.1  # share of training for which devices may wait for input unnoticed
+FEW_POINTS = 8  # clustered pairs a prototype
+FEW_USED = 0.5  # share of the prototypes that have members
+STUCK_STEPS = 200  # steps in a row after which a model that does not learn is told of
+# What such a model looks like.
+STUCK = {
+    "loss": "the InfoNCE loss is within 1 % of ln(batch), as of features that say nothing: check "
+    "optimizer.learning_rate and the captions",
+    "image": "image features have collapsed: they spread less than a twentieth of what they could",
+    "text": "text features have collapsed: they spread less than a twentieth of what they could",
+}
+
+
+class Reporter:
+    """Says and logs what happens; knows the recipe, but nothing of the state."""
+
+    def __init__(self, config: Config, progress: Progress, log: MetricLog):
+        self._config, self._progress, self._log = config, progress, log
+        self._told: set[str] = set()
+        self._skipped = self._skipped_ever = 0  # the first counts steps in a row
+        self._stuck = dict.fromkeys(STUCK, 0)  # steps in a row
+        self._since = time.perf_counter()
+
+    def begin(self) -> None:
+        """Starts the clock of the steps' speed: called before the first step of an episode."""
+        self._since = time.perf_counter()
+
+    def steps(
+        self,
+        step: int,
+        episode: int,
+        phase: Phase,
+        recent: Meter,
+        whole: Meter,
+        flops: float | None = None,
+    ) -> None:
+        """Fetches the metrics since the last call, logs and shows their mean.
+
+        Args:
+          step: finished steps.
+          episode: 0-based.
+          phase: of the episode.
+          recent: metrics since the last call.
+          whole: metrics of the episode, to which they are added.
+          flops: operations of a step over all devices.
+
+        Raises:
+          FloatingPointError: too many steps in a row were skipped.
+        """
+        if not len(recent):
+            return
+        part, rows = Meter(), recent.take(into=whole)
+        for number, row in enumerate(rows, step - len(rows) + 1):
+            part.count(row)
+            self._look(number, row)
+        values = part.mean()
+        numbers = {f"train/{name}": value for name, value in values.items()}
+        numbers |= self._speed(len(rows), flops)
+        self._log.write(step, episode, phase.name, numbers)
+        self._progress.show(shown(values) | shown_speed(numbers))
+
+    def _look(self, step: int, row: dict[str, float]) -> None:
+        """Warns of a step that was skipped, and of a model that does not learn."""
+        if row["skipped"]:
+            self._skip(step, row)
+            return
+        self._skipped = 0
+        for name, what in STUCK.items():
+            stuck = is_stuck(name, row, self._config.optimizer.batch)
+            self._stuck[name] = self._stuck[name] + 1 if stuck else 0
+            if self._stuck[name] == STUCK_STEPS:
+                self._once(name, f"warning: at step {step}, for {STUCK_STEPS} steps, {what}")
+
+    def _skip(self, step: int, row: dict[str, float]) -> None:
+        self._skipped, self._skipped_ever = self._skipped + 1, self._skipped_ever + 1
+        broken = ", ".join(name for name, value in row.items() if not math.isfinite(value))
+        if self._skipped >= self._config.optimizer.max_skipped:
+            raise FloatingPointError(
+                f"not finite in {self._skipped} steps in a row, the last is step {step}: {broken}; "
+                "parameters and checkpoints are as before them. Lower optimizer.learning_rate or "
+                "set optimizer.clip_norm, in a new workdir"
+            )
+        self._progress.say(
+            f"  step {step}: not finite: {broken}; the update was skipped "
+            f"({self._skipped_ever} so far)"
+        )
+
+    def _speed(self, steps: int, flops: float | None) -> dict[str, float]:
+        """Pairs a second and model FLOP use of a device, and memory, since the last call."""
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        devices = jax.device_count()
+        pairs = steps * self._config.optimizer.batch
+        numbers = {"speed/pairs_per_second_per_device": pairs / seconds / devices}
+        if flops is not None:
+            rate = flops * steps / seconds / devices
+            numbers["speed/teraflops_per_device"] = rate / 1e12
+            peak = peak_flops(jax.local_devices()[0])
+            if peak is not None:
+                numbers["speed/flop_use"] = rate / peak
+        return numbers | memory()
+
+    def title(self, episode: int) -> str:
+        """What an episode (0-based) is called."""
+        return f"episode {episode + 1}/{self._config.episode.count}"
+
+    def source(self, source: PairSource) -> None:
+        """Tells how many pairs there are, which rows of a list are none, and what looks wrong."""
+        self._progress.say(f"{len(source):,} pairs of {source.name}.")
+        for reason, dropped in getattr(source, "report", {}).items():
+            self._progress.say(f"  left out, {reason}: {dropped}")
+        points = self._config.extracted / self._config.episode.prototypes
+        if len(self._config.prototype_episodes) and points < FEW_POINTS:
+            self._progress.say(
+                f"  only {points:.1f} pairs are clustered for each prototype; below {FEW_POINTS} "
+                "prototypes turn into single pairs: lower episode.prototypes, or raise "
+                "episode.size or episode.online"
+            )
+
+    def prototypes(self, numbers: dict[str, float], roomless: int) -> None:
+        """After an extraction: warns of unused prototypes, and of pictures that are read twice."""
+        if roomless:
+            self._once(
+                "room",
+                f"data.keep_gigabytes={self._config.data.keep_gigabytes:g} has no room for "
+                f"{roomless:,} of an episode's {self._config.extracted:,} pictures: they are read "
+                "twice",
+            )
+        for name in ("image", "text"):
+            used = numbers[f"clusters/{name}_used"] / self._config.episode.prototypes
+            if used < FEW_USED:
+                self._once(
+                    f"used {name}",
+                    f"warning: only {used:.0%} of the {name} prototypes have members: the {name} "
+                    "features are few or have collapsed",
+                )
+
+    def _once(self, key: str, text: str) -> None:
+        if key not in self._told:
+            self._told.add(key)
+            self._progress.say(f"  {text}")
+
+    def episode(
+        self, step: int, episode: int, phase: Phase, numbers: dict, clock: Stopwatch
+    ) -> None:
+        """Logs an episode's numbers and seconds, and says them in a line."""
+        seconds = clock.seconds
+        numbers |= {f"seconds/{name}": value for name, value in seconds.items()}
+        overhead = sum(seconds.get(name, 0.0) for name in OVERHEAD)
+        numbers["share/overhead"] = overhead / seconds["train"]
+        numbers["share/input_wait"] = numbers["seconds/input_wait"] / seconds["train"]
+        numbers |= agreements(numbers)
+        self._log.write(step, episode, phase.name, numbers)
+        losses = ", ".join(f"{name} {value:.3f}" for name, value in shown(numbers).items())
+        times = clock.line()
+        if overhead:
+            times += f"; overhead {numbers['share/overhead']:.0%} of training"
+        self._progress.say(f"{self.title(episode)} {phase.name}: {losses} ({times})")
+        if numbers["share/input_wait"] > WAIT_WARNING:
+            data = self._config.data
+            how = f"data.workers={data.workers}" if data.workers else f"data.threads={data.threads}"
+            self._progress.say(
+                f"  devices waited for input {numbers['share/input_wait']:.0%} of the time: "
+                f"raise {how}, or keep pictures (data.keep, data.keep_gigabytes)"
+            )
+
+    def result(self, workdir: Path, table: str | None) -> None:
+        """Prints the table of the evaluation and what to do next."""
+        if table:
+            print(table)
+        print(
+            f"\nNext: python -m protoclip_jax.evaluate --workdir={workdir}\n"
+            f'or in Python: model = protoclip_jax.load("{workdir}"); '
+            'model.encode_text(["a red kite"])'
+        )
+
+
+def cluster_numbers(clusters: dict[str, Clusters]) -> dict[str, float]:
+    """What there is to log about an episode's clusters."""
+    numbers = {}
+    for name, found in clusters.items():
+        numbers[f"clusters/{name}_used"] = float(np.count_nonzero(np.asarray(found.counts)))
+        numbers[f"clusters/{name}_objective"] = float(found.objective)
+        numbers[f"clusters/{name}_iterations"] = float(found.iterations)
+        numbers[f"clusters/{name}_nonfinite_rows"] = float(found.nonfinite)
+    return numbers
+
+
+def is_stuck(name: str, row: dict[str, float], batch: int) -> bool:
+    """Whether the numbers of a step look like one kind of `STUCK`."""
+    if name == "loss":
+        target = math.log(batch)
+        return abs(row.get("loss/clip", math.inf) - target) <= 0.01 * target
+    return row[f"geometry/{name}_spread"] < 0.05
+
+
+def memory() -> dict[str, float]:
+    """Peak memory in GB: of this process, and of its fullest device where that can be told."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 1 if sys.platform == "darwin" else 1024
+    numbers = {"memory/host_gb": peak * unit / 1e9}
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    peaks = [stat["peak_bytes_in_use"] for stat in stats if stat and "peak_bytes_in_use" in stat]
+    return numbers | ({"memory/device_gb": max(peaks) / 1e9} if peaks else {})
+
+
+def agreements(numbers: dict[str, float]) -> dict[str, float]:
+    """Of the pairs with both labels, the share whose online label is the offline one."""
+    known = numbers.get("online/known", 0.0)
+    same = {name: value for name, value in numbers.items() if name.startswith("online/same_")}
+    if not known:
+        return {}
+    return {name.replace("same", "agreement"): value / known for name, value in same.items()}
+
+
+def shown(values: dict[str, float]) -> dict[str, float]:
+    """The loss terms, by their short names."""
+    terms = ("total", "clip", "prototype", "external")
+    return {term: values[f"loss/{term}"] for term in terms if f"loss/{term}" in values}
+
+
+def shown_speed(numbers: dict[str, float]) -> dict[str, float]:
+    """Speed and memory, by the short names of the bar."""
+    names = {
+        "speed/pairs_per_second_per_device": "pairs/s/device",
+        "speed/flop_use": "FLOP use",
+        "memory/device_gb": "GB",
+    }
+    return {short: numbers[name] for name, short in names.items() if name in numbers}

@@ -1,0 +1,74 @@
+"""One process of a tiny run, started by tests: the real command line, with tiny presets.
+
+  python tests/tiny_process.py DEVICES OUT [options of protoclip_jax.main]
+
+Writes the final state to OUT/state.npz, and the labels of each prototype episode with the features
+and centroids they come from to OUT/labels-E.npz; process 0 alone does so.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+DEVICES, OUT = int(sys.argv[1]), Path(sys.argv[2])
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES}"
+os.environ["JAX_PLATFORMS"] = "cpu"
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+
+
+def main() -> None:
+    import numpy as np
+    from absl import app
+    from tiny_run import MODELS
+
+    from protoclip_jax import main as command
+    from protoclip_jax.models import presets
+
+    presets.PRESETS.update(MODELS)
+
+    def run(argv):
+        # Imported only now: several processes have to be joined before JAX wakes up.
+        import jax
+
+        from protoclip_jax.training import loop
+
+        translate, close = loop.Trainer.back_translate, loop.Trainer.close
+
+        def recorded(self, image, text, clusters):
+            if jax.process_index() == 0:
+                arrays = {"image": image, "text": text}
+                for name, found in clusters.items():
+                    arrays |= {f"{name}_labels": found.labels, f"{name}_counts": found.counts}
+                    arrays[f"{name}_centroids"] = found.centroids
+                episode = self.done // self.config.steps_per_episode
+                np.savez(OUT / f"labels-{episode}.npz", **arrays)
+            return translate(self, image, text, clusters)
+
+        def closed(self):
+            if jax.process_index() == 0 and self.done == self.config.total_steps:
+                leaves = jax.tree_util.tree_leaves_with_path(self.state)
+                arrays = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+                np.savez(OUT / "state.npz", **arrays)
+            close(self)
+
+        loop.Trainer.back_translate, loop.Trainer.close = recorded, closed
+        fault = os.environ.get("TINY_FAULT", "")
+        if fault:
+            process, _, message = fault.partition(":")
+            extract = loop.Trainer.extract
+
+            def broken(self, episode, batches):
+                if jax.process_index() == int(process):
+                    raise RuntimeError(message)
+                return extract(self, episode, batches)
+
+            loop.Trainer.extract = broken
+        return command.run(argv)
+
+    OUT.mkdir(parents=True, exist_ok=True)
+    sys.argv[1:3] = []
+    app.run(run, flags_parser=command.parse)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""The large presets over many devices: compiled, never allocated."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LARGE = ("ViT-L-14", "ViT-H-14", "ViT-g-14")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [8, 64])
+@pytest.mark.parametrize("name", LARGE)
+def test_large_model_is_cut_over_the_devices(name, devices):
+    command = [sys.executable, str(ROOT / "tests" / "large_model.py"), name, str(devices)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=ROOT)
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = json.loads(result.stdout.splitlines()[-1])
+    print(found)
+    for part in ("params", "opt_state"):
+        share = found[f"{part}_bytes"] / devices
+        # What stays whole (norms, biases, positions, the patch convolution) is small.
+        assert found[f"{part}_bytes_of_a_device"] < 1.05 * share + 20e6
+    # What the compiled step takes, batch included, is what the table promises.
+    state = found["params_bytes_of_a_device"] + found["opt_state_bytes_of_a_device"]
+    assert found["arguments_of_a_device"] == pytest.approx(state, rel=0.02)

@@ -1,0 +1,226 @@
+"""Two processes of two devices over loopback against one process of four."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_run import SMALL, metrics, untimed, write_pairs
+
+from protoclip_jax.config import ConfigError
+from protoclip_jax.training import processes
+
+ROOT = Path(__file__).parents[2]
+RECIPE = SMALL | {
+    "model.batch_norm_group": "none",
+    "optimizer.clip_norm": "none",
+    "optimizer.epsilon": "1e-2",
+    "episode.locked": "0",
+    "episode.redos": "1",
+    "episode.size": "40",
+    "episode.count": "2",
+    "episode.warmup": "1",
+    "episode.prototypes": "5",
+    "optimizer.batch": "8",
+    "data.augmentation": "light",
+    "objective.external": "1",
+    "log.every": "1",
+}
+# float32 sums over devices in another order. With an epsilon above the rounding of vanishing
+# gradients, Adam does not turn that rounding into whole steps.
+CLOSE = {"rtol": 1e-3, "atol": 1e-5}
+
+
+def command(pairs: Path, out: Path, devices: int, settings: dict) -> list[str]:
+    options = RECIPE | {"data.train": str(pairs)} | settings
+    return [
+        sys.executable,
+        str(ROOT / "tests" / "tiny_process.py"),
+        str(devices),
+        str(out),
+        f"--config={ROOT / 'configs' / 'cc3m.py'}",
+        f"--workdir={out / 'run'}",
+        *(f"--config.{name}={value}" for name, value in options.items()),
+    ]
+
+
+def start(arguments: list[str], log: Path, **environment) -> subprocess.Popen:
+    env = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "2"} | environment
+    with log.open("w") as file:
+        return subprocess.Popen(arguments, stdout=file, stderr=file, env=env, cwd=ROOT)
+
+
+def start_two(pairs: Path, out: Path, settings: dict, **environment) -> list[subprocess.Popen]:
+    """Two processes of two devices; their logs are out/0.log and out/1.log."""
+    out.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = []
+    for index in range(2):
+        flags = [
+            f"--coordinator=127.0.0.1:{port}",
+            "--num_processes=2",
+            f"--process_id={index}",
+        ]
+        arguments = command(pairs, out, 2, settings) + flags
+        started.append(start(arguments, out / f"{index}.log", **environment))
+    return started
+
+
+def finish(started: list[subprocess.Popen], logs: list[Path], seconds: float) -> list[int]:
+    """Exit codes; what still runs after the time is killed, and the test fails."""
+    end = time.monotonic() + seconds
+    try:
+        return [one.wait(max(1.0, end - time.monotonic())) for one in started]
+    except subprocess.TimeoutExpired:
+        tails = "\n".join(log.read_text()[-2000:] for log in logs)
+        pytest.fail(f"not over after {seconds} s:\n{tails}")
+    finally:
+        for one in started:
+            if one.poll() is None:
+                one.kill()
+                one.wait()
+
+
+def run_one(pairs: Path, out: Path, settings: dict) -> None:
+    out.mkdir(parents=True)
+    process = start(command(pairs, out, 4, settings), out / "0.log")
+    assert finish([process], [out / "0.log"], 400) == [0], (out / "0.log").read_text()[-3000:]
+
+
+def run_two(pairs, out: Path, settings: dict) -> None:
+    logs = [out / "0.log", out / "1.log"]
+    codes = finish(start_two(pairs, out, settings), logs, 400)
+    assert codes == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
+
+
+def teacher(folder: Path, rows: int) -> Path:
+    path = folder / "teacher.npy"
+    np.save(path, np.random.default_rng(1).normal(size=(rows, 5)).astype(np.float32))
+    return path
+
+
+def assert_same_run(one: Path, two: Path, steps: int) -> None:
+    states = [np.load(out / "state.npz") for out in (one, two)]
+    assert states[0].files == states[1].files
+    for name in states[0].files:
+        np.testing.assert_allclose(states[1][name], states[0][name], **CLOSE, err_msg=name)
+    lines = [[untimed(line) for line in metrics(out / "run")] for out in (one, two)]
+    assert lines[0][-1]["step"] == steps
+    for left, right in zip(*lines, strict=True):
+        assert left.keys() == right.keys()
+        assert left.pop("phase") == right.pop("phase")
+        for name in left:
+            if not name.startswith(("clusters/", "accuracy", "train/accuracy")):
+                assert right[name] == pytest.approx(left[name], rel=1e-3, abs=1e-5), name
+
+
+def assert_same_labels(one: Path, two: Path, episode: int) -> None:
+    """Where the nearest centroid is nearer than the second by more than 1e-4."""
+    left, right = (np.load(out / f"labels-{episode}.npz") for out in (one, two))
+    for name in ("image", "text"):
+        distances = np.linalg.norm(left[name][:, None] - left[f"{name}_centroids"][None], axis=2)
+        nearest = np.sort(distances, axis=1)
+        clear = nearest[:, 1] - nearest[:, 0] > 1e-4
+        assert np.mean(clear) > 0.5
+        labels = [found[f"{name}_labels"] for found in (left, right)]
+        np.testing.assert_array_equal(labels[1][clear], labels[0][clear])
+    # The teacher's rows are the same numbers: so are their labels.
+    np.testing.assert_array_equal(right["external_labels"], left["external_labels"])
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(tmp_path):
+    """Tiny ViT, ten steps of two episodes: parameters, metrics, labels."""
+    pairs = write_pairs(tmp_path / "data", 40)
+    settings = {"data.teacher": teacher(tmp_path, 40)}
+    run_one(pairs, tmp_path / "one", settings)
+    run_two(pairs, tmp_path / "two", settings)
+    assert_same_run(tmp_path / "one", tmp_path / "two", 10)
+    assert_same_labels(tmp_path / "one", tmp_path / "two", 1)
+    # One process tells the story and writes the files.
+    assert "episode 2/2" in (tmp_path / "two" / "0.log").read_text()
+    assert "episode 2/2" not in (tmp_path / "two" / "1.log").read_text()
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_with_batch_norm_uneven_data_and_broken_pictures(tmp_path):
+    """Tiny ResNet, three steps of 13 rows (DIST-01); then with pictures that cannot be read."""
+    pairs = write_pairs(tmp_path / "data", 13)
+    settings = {
+        "model.name": "test-rn",
+        "episode.size": "13",
+        "episode.count": "1",
+        "episode.warmup": "0",
+        "optimizer.batch": "4",
+        "data.teacher": teacher(tmp_path, 13),
+    }
+    run_one(pairs, tmp_path / "one", settings)
+    run_two(pairs, tmp_path / "two", settings)
+    assert_same_run(tmp_path / "one", tmp_path / "two", 3)
+    for row in (3, 4, 5, 6, 7):
+        (tmp_path / "data" / f"{row}.png").write_bytes(b"broken")
+    run_two(pairs, tmp_path / "broken", settings)
+    workdir = tmp_path / "broken" / "run"
+    listed = [
+        line.split("\t")[0]
+        for name in ("unreadable.tsv", "unreadable.1.tsv")
+        if (workdir / name).exists()
+        for line in (workdir / name).read_text().splitlines()
+    ]
+    assert set(listed) == {"3", "4", "5", "6", "7"}
+
+
+@pytest.mark.slow
+def test_failure_of_one_process_ends_all_within_a_minute(tmp_path):
+    pairs = write_pairs(tmp_path / "data", 40)
+    settings = {"data.teacher": teacher(tmp_path, 40), "episode.warmup": "0"}
+    out = tmp_path / "two"
+    started = start_two(pairs, out, settings, TINY_FAULT="1:the disk of this host is gone")
+    logs = [out / "0.log", out / "1.log"]
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        started[1].wait(300)
+    codes = finish(started, logs, 60)
+    assert all(code != 0 for code in codes)
+    for log in logs:
+        assert "the disk of this host is gone" in log.read_text()
+
+
+@pytest.mark.slow
+def test_signal_to_one_process_saves_and_all_go_on_together(tmp_path):
+    pairs = write_pairs(tmp_path / "data", 40)
+    settings = {"data.teacher": teacher(tmp_path, 40), "episode.count": "6"}
+    run_one(pairs, tmp_path / "one", settings)
+    out, logs = tmp_path / "two", [tmp_path / "two" / "0.log", tmp_path / "two" / "1.log"]
+    started = start_two(pairs, out, settings)
+    lines, end = out / "run" / "metrics.jsonl", time.monotonic() + 300
+    while time.monotonic() < end and not (lines.exists() and lines.read_text().count("\n") > 2):
+        time.sleep(0.02)
+    started[1].send_signal(signal.SIGTERM)
+    codes = finish(started, logs, 120)
+    assert codes == [75, 75], "\n".join(log.read_text()[-3000:] for log in logs)
+    run_two(pairs, out, settings)
+    assert "Going on after step" in logs[0].read_text()
+    assert_same_run(tmp_path / "one", out, 30)
+
+
+def test_environment_of_clusters():
+    assert not processes.in_cluster({})
+    assert not processes.in_cluster({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"})
+    assert not processes.in_cluster({"SLURM_NTASKS": "4"})  # an allocation, not a task of it
+    assert processes.in_cluster({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"})
+    assert processes.in_cluster({"OMPI_COMM_WORLD_SIZE": "2"})
+    assert processes.in_cluster({"TPU_WORKER_HOSTNAMES": "a,b"})
+    assert not processes.in_cluster({"TPU_WORKER_HOSTNAMES": "a"})
+
+
+def test_flags_of_several_processes_go_together():
+    with pytest.raises(ConfigError, match="go together"):
+        processes.join("127.0.0.1:1", None, 0)
