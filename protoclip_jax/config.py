@@ -32,11 +32,14 @@ class ModelConfig:
 class DataConfig:
     """Where the pairs come from and how pictures become batches."""
 
-    train: str = ""  # emoji_text/train, or the path of a .tsv or .csv pair list
+    train: str = ""  # pair list (.tsv, .csv), folder of `prepare convert`, .tar shards, tfds:NAME
     image_column: str = "filepath"  # names of the columns of a pair list
     caption_column: str = "title"
     separator: str = "\t"
     image_root: str | None = None  # folder of relative paths; none = the list's own folder
+    split: str = "train"  # of a TFDS set, and the names of its features
+    image_feature: str = "image"
+    text_feature: str = "caption"
     limit: int | None = None  # use a seeded random subset of this many pairs
     teacher: str | None = None  # .npy of one row a pair, or emoji_text; none = no teacher
     augmentation: str = "light"  # none, clip (crop 0.9-1) or light (ProtoCLIP's)

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Int
 
-from protoclip_jax.data.files import full_path, read_picture
+from protoclip_jax.data.files import absolute, full_path, local_copy, read_picture
 
 NO_PATH = "no path"
 NO_CAPTION = "no caption"
@@ -51,7 +51,7 @@ class PairList:
     """The pairs of a list in its order; a `PairSource`.
 
     Memory: a quarter of a byte a row and 8 bytes a dropped row; the file itself is mapped, so
-    processes share it.
+    processes share it. A remote list (gs://) is copied to a temporary file first.
 
     Attributes:
       name: the list's path.
@@ -75,8 +75,8 @@ class PairList:
           ValueError: it is not UTF-8, lacks a column, or holds no pair.
         """
         self.name = os.fspath(path)
-        self._path = os.path.abspath(self.name)  # a worker may start in another folder
-        self._root = os.path.abspath(image_root or os.path.dirname(self.name))
+        self._path = local_copy(self.name)  # absolute: a worker may start in another folder
+        self._root = absolute(image_root or os.path.dirname(self.name))
         if len(separator) != 1 or separator in '"\r\n' or not separator.isascii():
             raise ValueError(f"separator {separator!r} must be one ASCII character such as '\\t'")
         self._separator = separator

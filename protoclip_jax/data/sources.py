@@ -1,12 +1,15 @@
 """Where pairs come from: one function opens every kind by name."""
 
+import os
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
-import numpy as np
-from jaxtyping import Int
-
+from protoclip_jax.data.array_records import ArrayRecordPairs, is_array_records
+from protoclip_jax.data.files import is_remote
 from protoclip_jax.data.pair_list import PairList
+from protoclip_jax.data.subset import Subset
+from protoclip_jax.data.tars import TarPairs, tar_paths
+from protoclip_jax.data.tfds_pairs import TfdsPairs, is_tfds
 
 
 @runtime_checkable
@@ -35,44 +38,9 @@ def where(source: PairSource, row: int) -> str:
     return f"{source.name} row {row}"
 
 
-class Subset:
-    """Some rows of a source; a `PairSource`.
-
-    Attributes:
-      rows: their numbers in the source, increasing.
-    """
-
-    def __init__(self, source: PairSource, limit: int, seed: int):
-        """Draws `limit` rows from the seed alone."""
-        rng = np.random.default_rng(seed)
-        drawn = rng.choice(len(source), limit, replace=False, shuffle=False)
-        self.rows: Int[np.ndarray, " n"] = np.sort(drawn)
-        self._source = source
-        self.name = f"{source.name} ({limit} of {len(source)} pairs)"
-        self.fingerprint = f"{source.fingerprint}/{limit}/{seed}"
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def read(self, row: int) -> tuple[bytes, str]:
-        """The pair that `row` of the subset stands for."""
-        return self._source.read(int(self.rows[row]))
-
-    def caption(self, row: int) -> str:
-        """The caption alone, without opening the picture where the source can do so."""
-        row = int(self.rows[row])
-        if hasattr(self._source, "caption"):
-            return self._source.caption(row)
-        return self._source.read(row)[1]
-
-    def where(self, row: int) -> str:
-        """What the row is called in the source."""
-        return where(self._source, int(self.rows[row]))
-
-    @property
-    def report(self) -> dict:
-        """What the source dropped."""
-        return getattr(self._source, "report", {})
+def origin(source: PairSource, row: int) -> int:
+    """The row's number in the whole source, where `source` may be a subset of it."""
+    return source.origin(row) if isinstance(source, Subset) else row
 
 
 def _emoji_text(spec: str, options: dict) -> PairSource:
@@ -81,8 +49,22 @@ def _emoji_text(spec: str, options: dict) -> PairSource:
     return EmojiText(spec.removeprefix("emoji_text/"))
 
 
+def _tfds(spec: str, options: dict) -> PairSource:
+    names = ("split", "image_feature", "text_feature")
+    return TfdsPairs(spec, **{name: options[name] for name in names})
+
+
+def _array_records(spec: str, options: dict) -> PairSource:
+    return ArrayRecordPairs(spec)
+
+
+def _tars(spec: str, options: dict) -> PairSource:
+    return TarPairs(spec)
+
+
 def _pair_list(spec: str, options: dict) -> PairSource:
-    return PairList(spec, **options)
+    names = ("image_column", "caption_column", "separator", "image_root")
+    return PairList(spec, **{name: options[name] for name in names})
 
 
 # Kind by kind: how it is written, what recognises it, what opens it. The first that fits opens.
@@ -97,7 +79,23 @@ KINDS: tuple[tuple[str, Callable[[str], bool], Callable[[str, dict], PairSource]
         lambda spec: spec.lower().endswith((".tsv", ".csv", ".txt")),
         _pair_list,
     ),
+    ("a folder made by `prepare convert`", is_array_records, _array_records),
+    ("tfds:NAME or a folder prepared by TFDS", is_tfds, _tfds),
+    (
+        "a .tar, a folder of them, or several as in shards/{00000..00331}.tar",
+        lambda spec: bool(tar_paths(spec)),
+        _tars,
+    ),
 )
+
+
+def _found(spec: str) -> str:
+    """What there is under a name that no kind recognises."""
+    if is_remote(spec):
+        return " (ArrayRecord sets are read from local folders only: mount the bucket)"
+    if os.path.isdir(spec):
+        return " (a folder without meta.json, dataset_info.json or .tar files)"
+    return "" if os.path.exists(spec) else " (no such file or folder)"
 
 
 def open_source(
@@ -107,6 +105,9 @@ def open_source(
     caption_column: str = "title",
     separator: str = "\t",
     image_root: str | None = None,
+    split: str = "train",
+    image_feature: str = "image",
+    text_feature: str = "caption",
     limit: int | None = None,
     seed: int = 0,
 ) -> PairSource:
@@ -118,6 +119,9 @@ def open_source(
       caption_column: of a pair list: name of the column of captions.
       separator: of a pair list: one character.
       image_root: of a pair list: folder of relative paths; none = the list's own folder.
+      split: of a TFDS set: a split, or a slice such as train[:90%].
+      image_feature: of a TFDS set: name of the picture's feature.
+      text_feature: of a TFDS set: name of the caption's; a part of another as whole/part.
       limit: keep a random subset of this many pairs, where there are more.
       seed: of the subset.
 
@@ -130,6 +134,9 @@ def open_source(
         "caption_column": caption_column,
         "separator": separator,
         "image_root": image_root,
+        "split": split,
+        "image_feature": image_feature,
+        "text_feature": text_feature,
     }
     for _, recognises, opens in KINDS:
         if recognises(spec):
@@ -137,7 +144,7 @@ def open_source(
             break
     else:
         known = "; ".join(form for form, _, _ in KINDS)
-        raise ValueError(f"no kind of data source is called {spec!r}: wanted {known}")
+        raise ValueError(f"no kind of data source is called {spec!r}{_found(spec)}: wanted {known}")
     if limit is not None and limit < len(source):
         source = Subset(source, limit, seed)
     return source

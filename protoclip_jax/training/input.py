@@ -150,6 +150,9 @@ def _open_source(config: Config) -> sources.PairSource:
             caption_column=data.caption_column,
             separator=data.separator,
             image_root=data.image_root,
+            split=data.split,
+            image_feature=data.image_feature,
+            text_feature=data.text_feature,
             limit=data.limit,
             seed=config.seed,
         )

@@ -1,0 +1,150 @@
+"""Sets of ArrayRecord shards made by `python -m protoclip_jax.prepare convert`.
+
+A set is a folder:
+- `pairs-00007-of-00150.array_record`: the pairs that the rows of one block of the source gave.
+  A record is the row in the source (8 bytes), the length of the caption in bytes (4), both little
+  endian, the caption (UTF-8) and the picture's file (JPEG or WebP).
+- `meta.json`, written last: format and version, number of pairs, shards, what was left out,
+  source, shorter side and encoding, and the fingerprint.
+- `outcomes/` and `unreadable.tsv`: what became of every row of the source.
+"""
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+
+from protoclip_jax.data.decoding import UnreadableImage
+from protoclip_jax.data.files import is_remote
+from protoclip_jax.data.left_out import LeftOut
+from protoclip_jax.data.record_files import RecordFile, RecordFiles
+
+FORMAT = "protoclip_jax pairs"
+VERSION = 1
+META = "meta.json"
+SETTINGS = "convert.json"  # written first: what an unfinished set is made from
+
+# One record is one chunk, so that any of them is read alone; pictures do not compress further.
+WRITER_OPTIONS = "group_size:1,uncompressed"
+
+_HEAD = struct.Struct("<QI")
+
+
+def pack(row: int, caption: str, picture: bytes) -> bytes:
+    """A record."""
+    text = caption.encode()
+    return b"".join((_HEAD.pack(row, len(text)), text, picture))
+
+
+def unpack(record: bytes) -> tuple[int, str, bytes]:
+    """Row in the source, caption and picture's file of a record."""
+    row, length = _HEAD.unpack_from(record)
+    end = _HEAD.size + length
+    return row, record[_HEAD.size : end].decode(), record[end:]
+
+
+def shard_name(number: int, count: int) -> str:
+    """File name of a shard."""
+    return f"pairs-{number:05}-of-{count:05}.array_record"
+
+
+def fingerprint(digests: Iterable[str]) -> str:
+    """Of a whole set, from the digests of its shards' records in order."""
+    return hashlib.blake2b("\n".join(digests).encode(), digest_size=16).hexdigest()
+
+
+def is_array_records(folder: str) -> bool:
+    """Whether a local folder is such a set, finished or not."""
+    return not is_remote(folder) and any(
+        os.path.exists(os.path.join(folder, name)) for name in (META, SETTINGS)
+    )
+
+
+class ArrayRecordPairs:
+    """The pairs of a set, in the source's order; a `PairSource`.
+
+    Memory does not grow with the number of pairs: see `RecordFiles`.
+
+    Attributes:
+      name: the folder.
+      fingerprint: hash of every row number, caption and picture, and of their order.
+      report: what the conversion left out, by reason.
+      meta: the content of meta.json.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        """Reads meta.json and looks at every shard's size.
+
+        Raises:
+          FileNotFoundError: no such folder, or a shard is missing.
+          ValueError: the set is not finished, damaged, or of another version.
+        """
+        self.name = os.fspath(folder)
+        self.meta = _read_meta(self.name)
+        self._records = RecordFiles([self._file(shard) for shard in self.meta["shards"]])
+        if not len(self):
+            raise ValueError(f"{self.name} holds 0 pairs: no picture could be converted")
+        self.fingerprint = self.meta["fingerprint"]
+        self.report = {
+            f"unreadable at conversion, {reason}": LeftOut(entry["count"], entry["examples"])
+            for reason, entry in self.meta["unreadable"].items()
+        }
+
+    def _file(self, shard: dict) -> RecordFile:
+        path = Path(self.name).absolute() / shard["file"]  # a worker may start in another folder
+        size = path.stat().st_size
+        if size != shard["bytes"]:
+            raise ValueError(
+                f"{self.name}: {shard['file']} has {size} bytes and was written with "
+                f"{shard['bytes']}: copy it again"
+            )
+        return RecordFile(str(path), 0, shard["pairs"])
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def read(self, row: int) -> tuple[bytes, str]:
+        """The picture's file and the caption.
+
+        Raises:
+          UnreadableImage: the record is damaged, or its shard gone.
+        """
+        _, caption, picture = unpack(self._record(row))
+        return picture, caption
+
+    def caption(self, row: int) -> str:
+        """The caption of a row."""
+        return self.read(row)[1]
+
+    def where(self, row: int) -> str:
+        """What a row is called: its number here, and in the source of the conversion."""
+        try:
+            origin = unpack(self._record(row))[0]
+        except UnreadableImage:
+            return f"{self.name} row {row}"
+        return f"{self.name} row {row} ({self.meta['source']} row {origin})"
+
+    def _record(self, row: int) -> bytes:
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {self.name}, which has {len(self)}")
+        return self._records[row]
+
+
+def _read_meta(folder: str) -> dict:
+    path = Path(folder) / META
+    if not path.exists():
+        if (Path(folder) / SETTINGS).exists():
+            raise ValueError(
+                f"{folder} is not finished: run the `prepare convert` that began it again"
+            )
+        raise FileNotFoundError(f"{folder} holds no {META} of `prepare convert`")
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        known = meta["format"], meta["version"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged or not made by `prepare convert`") from error
+    if known != (FORMAT, VERSION):
+        raise ValueError(f"{path} is {known[0]!r} version {known[1]}, wanted {FORMAT!r} {VERSION}")
+    return meta

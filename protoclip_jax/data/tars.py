@@ -1,0 +1,152 @@
+"""Pairs in local or remote tar shards of WebDataset's layout, as img2dataset writes them."""
+
+import glob
+import itertools
+import os
+import re
+
+import numpy as np
+
+from protoclip_jax.data.decoding import MISSING, NO_ACCESS, TRUNCATED, UnreadableImage
+from protoclip_jax.data.files import absolute, is_remote, remote_path
+from protoclip_jax.data.tar_index import caption_of, tar_index
+from protoclip_jax.data.tar_members import BLOCK
+
+
+def tar_paths(spec: str) -> list[str]:
+    """The tars that a file, a folder, or a pattern with * or {00000..00331} names, sorted.
+
+    An empty list where the spec is none of these.
+    """
+    if is_remote(spec):
+        return _remote_tars(spec)
+    if os.path.isdir(spec):
+        return sorted(glob.glob(os.path.join(glob.escape(spec), "*.tar")))
+    if not spec.lower().endswith(".tar"):
+        return []
+    if "*" in spec and not os.path.exists(spec):
+        return sorted(glob.glob(spec))
+    return _expanded(spec)
+
+
+def _remote_tars(spec: str) -> list[str]:
+    if spec.lower().endswith(".tar"):
+        folder, _, name = spec.rpartition("/")
+        if "*" in name:
+            return sorted(str(path) for path in remote_path(folder).glob(name))
+        return _expanded(spec)
+    if spec.lower().endswith((".tsv", ".csv", ".txt")):
+        return []
+    return sorted(str(path) for path in remote_path(spec).glob("*.tar"))
+
+
+def _expanded(spec: str) -> list[str]:
+    """{00..11} written out, as WebDataset does."""
+    parts = re.split(r"\{(\d+)\.\.(\d+)\}", spec)
+    choices = [
+        [f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1)]
+        for first, last in zip(parts[1::3], parts[2::3], strict=True)
+    ]
+    return [
+        "".join(itertools.chain(*itertools.zip_longest(parts[::3], chosen, fillvalue="")))
+        for chosen in itertools.product(*choices)
+    ]
+
+
+class TarPairs:
+    """The pairs of tar shards, in the tars' order; a `PairSource`.
+
+    Memory: the entries of all rows (17 bytes each) are a mapped file that processes share.
+
+    Attributes:
+      name: as it was named.
+      fingerprint: hash of members' names, sizes of pictures, and captions, in order.
+      report: samples left out, by reason.
+    """
+
+    def __init__(self, spec: str):
+        """Finds the tars and reads or makes their index (see `tar_index`).
+
+        Raises:
+          FileNotFoundError: a tar is missing.
+          ValueError: there is none, or one is damaged, or they hold no pairs.
+        """
+        self.name = spec
+        self._tars = [absolute(path) for path in tar_paths(spec)]
+        if not self._tars:
+            raise ValueError(f"{spec} names no .tar")
+        index = tar_index(self._tars)
+        self._path, self._entries, self._ends = index.path, index.entries, index.ends
+        self.fingerprint, self.report = index.fingerprint, index.report
+
+    def __getstate__(self):
+        return {key: value for key, value in self.__dict__.items() if key != "_entries"}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._entries = np.load(self._path, mmap_mode="r")
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def _place(self, row: int) -> tuple[str, np.void]:
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {self.name}, which has {len(self)}")
+        tar = int(np.searchsorted(self._ends, row, side="right"))
+        return self._tars[tar], self._entries[row]
+
+    def read(self, row: int) -> tuple[bytes, str]:
+        """The picture's file and the caption.
+
+        Raises:
+          UnreadableImage: the tar is gone or has become shorter.
+        """
+        tar, entry = self._place(row)
+        picture, text = _read(
+            tar,
+            (int(entry["picture"]) * BLOCK, int(entry["size"])),
+            (int(entry["caption"]) * BLOCK, int(entry["length"])),
+        )
+        return picture, caption_of(text, bool(entry["json"]))
+
+    def caption(self, row: int) -> str:
+        """The caption alone."""
+        tar, entry = self._place(row)
+        (text,) = _read(tar, (int(entry["caption"]) * BLOCK, int(entry["length"])))
+        return caption_of(text, bool(entry["json"]))
+
+    def where(self, row: int) -> str:
+        """The tar and the picture's name in it, as far as its header tells."""
+        tar, entry = self._place(row)
+        try:
+            (header,) = _read(tar, ((int(entry["picture"]) - 1) * BLOCK, BLOCK))
+        except UnreadableImage:
+            return f"{tar} row {row}"
+        return f"{tar}/{header[:100].rstrip(bytes(1)).decode(errors='replace')}"
+
+
+def _read(tar: str, *ranges: tuple[int, int]) -> list[bytes]:
+    """Ranges (start, length) of a tar. Opened each time: cheaper than a picture by far."""
+    try:
+        with _opened(tar) as file:
+            found = []
+            for start, length in ranges:
+                file.seek(start)
+                found.append(file.read(length))
+    except FileNotFoundError as error:
+        raise UnreadableImage(MISSING, tar) from error
+    except OSError as error:
+        raise UnreadableImage(NO_ACCESS, str(error)) from error
+    if [len(data) for data in found] != [length for _, length in ranges]:
+        raise UnreadableImage(TRUNCATED, f"{tar} has become shorter")
+    return found
+
+
+def _opened(tar: str):
+    if not is_remote(tar):
+        return open(tar, "rb", buffering=0)
+    file = remote_path(tar).open("rb")
+    cache = getattr(file, "cache", None)
+    if hasattr(cache, "blocksize"):
+        cache.blocksize = 0  # fsspec would read 5 MB beyond every picture
+    return file

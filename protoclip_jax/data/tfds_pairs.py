@@ -1,0 +1,276 @@
+"""Pairs of a prepared TensorFlow Datasets set, by its name or its folder.
+
+ArrayRecord files need no TensorFlow. TFRecord files are read where the user installed it.
+"""
+
+import bisect
+import functools
+import hashlib
+import importlib.util
+import os
+import struct
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int
+
+from protoclip_jax.data.decoding import BROKEN, EMPTY, UnreadableImage
+from protoclip_jax.data.files import absolute, is_remote, remote_path
+from protoclip_jax.data.record_files import RecordFile, RecordFiles
+
+PREFIX = "tfds:"
+_FOOTER = 65536  # bytes at a file's end that enter the fingerprint: it indexes the whole file
+
+
+def is_tfds(spec: str) -> bool:
+    """Whether a spec is `tfds:NAME`, or a folder that TFDS prepared."""
+    if spec.startswith(PREFIX):
+        return True
+    if is_remote(spec):
+        return not spec.lower().endswith((".tar", ".tsv", ".csv", ".txt")) and bool(
+            (remote_path(spec) / "dataset_info.json").exists()
+        )
+    return os.path.exists(os.path.join(spec, "dataset_info.json"))
+
+
+class TfdsPairs:
+    """One split of a set, in its files' order; a `PairSource`.
+
+    Pickles as its names; each process opens the files at its first read.
+
+    Attributes:
+      name: set and split.
+      split: a split, or a slice of one in TFDS's notation, such as train[:90%].
+    """
+
+    def __init__(
+        self,
+        spec: str,
+        *,
+        split: str = "train",
+        image_feature: str = "image",
+        text_feature: str = "caption",
+    ):
+        """Opens the set's description.
+
+        Args:
+          spec: `tfds:NAME`, `tfds:NAME/CONFIG:VERSION`, or a folder of prepared files.
+          split: which pairs.
+          image_feature: name of the picture's feature; a part of another as `whole/part`.
+          text_feature: name of the caption's; where it holds several texts, the first is used.
+
+        Raises:
+          ValueError: no such set, split or feature, not prepared, or in a format that cannot be
+            read here.
+        """
+        self._spec = spec if spec.startswith(PREFIX) else absolute(spec)
+        self.name, self.split = f"{spec} {split}", split
+        self._image, self._text = image_feature, text_feature
+        self._check()
+
+    def __getstate__(self):
+        return {key: self.__dict__[key] for key in ("_spec", "name", "split", "_image", "_text")}
+
+    @functools.cached_property
+    def _builder(self):
+        import tensorflow_datasets as tfds
+
+        if not self._spec.startswith(PREFIX):
+            return tfds.builder_from_directory(self._spec)
+        name = self._spec.removeprefix(PREFIX)
+        try:
+            builder = tfds.builder(name)
+        except (ValueError, ImportError, AssertionError) as error:
+            # DatasetNotFoundError is an ImportError or ValueError by version; its text is long.
+            first = str(error).strip().splitlines()[0][:200]
+            raise ValueError(f"{self._spec} cannot be opened: {first}") from error
+        if not builder.is_prepared():
+            raise ValueError(
+                f"{self._spec} is not prepared in {builder.data_dir}: run `tfds build {name} "
+                "--file_format=array_record`, or set TFDS_DATA_DIR"
+            )
+        return builder
+
+    def _check(self) -> None:
+        import tensorflow_datasets as tfds
+
+        splits, features = self._builder.info.splits, self._builder.info.features
+        if self.split.partition("[")[0] not in splits:
+            raise ValueError(f"{self.name}: there is no such split, choose one of {list(splits)}")
+        known = sorted(_leaves(features))
+        for option, name, kind in (
+            ("image_feature", self._image, tfds.features.Image),
+            ("text_feature", self._text, tfds.features.Text),
+        ):
+            found = _feature(features, name)
+            if not isinstance(found, kind):
+                what = "is missing" if found is None else f"is no {kind.__name__}"
+                raise ValueError(
+                    f"{self.name}: {option} {name!r} {what}; the set has {', '.join(known)}"
+                )
+        if "/" in self._image:
+            raise ValueError(f"{self.name}: image_feature {self._image!r} is part of another")
+        if not len(self):
+            raise ValueError(f"{self.name} holds 0 pairs")
+
+    @functools.cached_property
+    def _features(self):
+        """The two features alone: only they are parsed."""
+        import tensorflow_datasets as tfds
+
+        whole = self._builder.info.features
+        names = dict.fromkeys((self._image, self._text.partition("/")[0]))
+        return tfds.features.FeaturesDict({name: whole[name] for name in names})
+
+    def _example(self, row: int) -> dict:
+        import tensorflow_datasets as tfds
+
+        # The picture stays the bytes it is.
+        decoders = {self._image: tfds.decode.SkipDecoding()}
+        return self._features.deserialize_example_np(self._records[row], decoders=decoders)
+
+    @functools.cached_property
+    def _records(self):
+        """The examples' bytes by row."""
+        form = self._builder.info.file_format.value
+        if form == "array_record":
+            if is_remote(self._spec):
+                raise ValueError(
+                    f"{self._spec}: ArrayRecord files are read from local folders only: mount the "
+                    "bucket, or copy the set"
+                )
+            # Not as_data_source, which keeps every file's index in memory.
+            files = [(file.filename, file.skip, file.take) for file in self._files()]
+            return RecordFiles([RecordFile(os.fspath(path), *range_) for path, *range_ in files])
+        if form != "tfrecord":
+            raise ValueError(f"{self.name} is stored as {form}, wanted array_record")
+        if importlib.util.find_spec("tensorflow") is None:
+            raise ValueError(
+                f"{self.name} is stored as TFRecord, which needs TensorFlow: pip install "
+                "tensorflow, or build the set with --file_format=array_record"
+            )
+        return TfRecords(self._files())
+
+    def _files(self) -> list:
+        return self._builder.info.splits[self.split].file_instructions
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def read(self, row: int) -> tuple[bytes, str]:
+        """The picture's file and the caption.
+
+        Raises:
+          UnreadableImage: the record is damaged or has no picture.
+        """
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {self.name}, which has {len(self)}")
+        try:
+            example = self._example(row)
+        except UnreadableImage:
+            raise
+        except (RuntimeError, ValueError) as error:
+            raise UnreadableImage(BROKEN, str(error).strip().splitlines()[0]) from error
+        picture = example[self._image]
+        if not picture:
+            raise UnreadableImage(EMPTY)
+        return bytes(picture), _text(example, self._text)
+
+    def caption(self, row: int) -> str:
+        """The caption of a row."""
+        return self.read(row)[1]
+
+    def where(self, row: int) -> str:
+        """What a row is called."""
+        return f"{self.name} row {row}"
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hash of the files' names, sizes and ends, of what is used of them, and how."""
+        digest = hashlib.blake2b(
+            repr((self.split, self._image, self._text)).encode(), digest_size=16
+        )
+        for file in self._files():
+            path = remote_path(file.filename) if is_remote(file.filename) else Path(file.filename)
+            with path.open("rb") as opened:
+                size = opened.seek(0, os.SEEK_END)
+                opened.seek(max(0, size - _FOOTER))
+                digest.update(repr((path.name, size, file.skip, file.take)).encode())
+                digest.update(opened.read())
+        return digest.hexdigest()
+
+
+def _leaves(features, prefix: str = "") -> dict:
+    """Features without parts, by `whole/part`."""
+    inner = getattr(features, "feature", features)  # of a sequence
+    if not hasattr(inner, "items"):
+        return {prefix.rstrip("/"): inner}
+    found = {}
+    for name, feature in inner.items():
+        found |= _leaves(feature, f"{prefix}{name}/")
+    return found
+
+
+def _feature(features, name: str):
+    return _leaves(features).get(name)
+
+
+def _text(example: dict, name: str) -> str:
+    value = example
+    for part in name.split("/"):
+        value = value[part]
+    while isinstance(value, list | np.ndarray):
+        if len(value) == 0:
+            return ""
+        value = value[0]
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+
+
+class TfRecords:
+    """The records of TFRecord files by number.
+
+    Each is its length (8 bytes), a checksum (4), the data and a checksum (4). Memory: 8 bytes a
+    record.
+    """
+
+    def __init__(self, files: list):
+        """Walks over the lengths; `files` are TFDS's instructions of which records to use."""
+        self._paths = [file.filename for file in files]
+        self._starts: list[Int[np.ndarray, " n"]] = []
+        self._ends, total = [], 0
+        for file in files:
+            starts = _record_starts(file.filename)
+            stop = len(starts) if file.take == -1 else file.skip + file.take
+            self._starts.append(starts[file.skip : stop])
+            total += len(self._starts[-1])
+            self._ends.append(total)
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, row: int) -> bytes:
+        file = bisect.bisect_right(self._ends, row)
+        first = self._ends[file - 1] if file else 0
+        with _open(self._paths[file]) as opened:
+            opened.seek(int(self._starts[file][row - first]))
+            (length,) = struct.unpack("<Q4x", opened.read(12))
+            return opened.read(length)
+
+
+def _open(path: str):
+    return remote_path(path).open("rb") if is_remote(path) else open(path, "rb")
+
+
+def _record_starts(path: str) -> Int[np.ndarray, " n"]:
+    starts, at = [], 0
+    with _open(path) as file:
+        while head := file.read(12):
+            if len(head) < 12:
+                raise ValueError(f"{path} is cut short")
+            starts.append(at)
+            at += 16 + struct.unpack("<Q4x", head)[0]
+            file.seek(at)
+        size = file.seek(0, os.SEEK_END)
+    if at != size:
+        raise ValueError(f"{path} is cut short: {size} bytes, its records need {at}")
+    return np.array(starts, np.int64)

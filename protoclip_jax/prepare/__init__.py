@@ -1,0 +1,1 @@
+"""Pairs made ready for training: downloaded, checked and converted, described."""

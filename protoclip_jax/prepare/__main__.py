@@ -1,0 +1,232 @@
+"""Makes pairs ready for training: from a list of links to checked ArrayRecord shards.
+
+  python -m protoclip_jax.prepare download Train_GCC-training.tsv --out cc3m
+  python -m protoclip_jax.prepare convert cc3m --out cc3m_256
+  python -m protoclip_jax.prepare stats cc3m_256
+
+`python -m protoclip_jax.prepare COMMAND --help` says more. Stopped or killed, the first two go
+on where they were when the same command is given again.
+"""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+# Imported late where it takes seconds: --help and a wrong option answer at once.
+
+SOURCE = (
+    "a pair list (.tsv), a folder of .tar shards, tfds:NAME, emoji_text/train, ...: as data.train"
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and options."""
+    parser = argparse.ArgumentParser(
+        prog="python -m protoclip_jax.prepare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_download(commands)
+    _add_convert(commands)
+    _add_stats(commands)
+    return parser
+
+
+def _add(commands, name: str, run: Callable, text: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(
+        name,
+        help=text.splitlines()[0],
+        description=text,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(run=run)
+    return command
+
+
+def _add_download(commands) -> None:
+    command = _add(
+        commands,
+        "download",
+        _download,
+        "Downloads the pictures of a list of links with img2dataset, into tar shards.\n\n"
+        "Conceptual Captions (caption, URL), CC12M (URL, caption), lists with a header, and the\n"
+        "YFCC100M table are recognised. The result is a source: give its folder to `convert`.",
+    )
+    command.add_argument("list", help="the list: .tsv, .csv or .txt, also .gz or .bz2")
+    command.add_argument("--out", required=True, help="folder for the shards")
+    command.add_argument("--url-column", help="name, or number from 0; default: found out")
+    command.add_argument("--caption-column", help="name, or number from 0; default: found out")
+    command.add_argument("--separator", help="one character; default: found out")
+    command.add_argument(
+        "--photo-ids",
+        metavar="FILE",
+        help="YFCC100M: only these photos, as in OpenAI's yfcc100m_subset_data.tsv (line, id, ...)",
+    )
+    command.add_argument(
+        "--side",
+        type=int,
+        default=0,
+        help="let img2dataset shrink to this shorter side; default: 0, keep JPEG files as they are",
+    )
+    command.add_argument("--processes", type=int, default=os.cpu_count(), help="default: all cores")
+    command.add_argument("--threads", type=int, default=64, help="of each process; default: 64")
+    command.add_argument("--timeout", type=int, default=10, help="seconds a link; default: 10")
+    command.add_argument("--retries", type=int, default=1, help="of a failed link; default: 1")
+    command.add_argument("--shard-rows", type=int, default=10_000, help="default: 10000")
+    command.add_argument(
+        "--img2dataset-python",
+        "--img2dataset_python",
+        metavar="PYTHON",
+        help="an interpreter that has img2dataset; default: this one, or `img2dataset` on the PATH",
+    )
+
+
+def _add_convert(commands) -> None:
+    command = _add(
+        commands,
+        "convert",
+        _convert,
+        "Writes any source as ArrayRecord shards, and checks every picture once.\n\n"
+        "Killed and started again, it keeps finished shards and loses or repeats no row.",
+    )
+    command.add_argument("source", help=SOURCE)
+    command.add_argument("--out", required=True, help="folder for the shards")
+    command.add_argument(
+        "--side",
+        type=int,
+        default=256,
+        help="shorter side of larger pictures; 0 = as they are; default: 256",
+    )
+    command.add_argument("--encoding", choices=("jpeg", "webp"), default="jpeg")
+    command.add_argument("--quality", type=int, default=95, help="of the encoding; default: 95")
+    command.add_argument("--shard-rows", type=int, default=20_000, help="rows a shard; 20000")
+    _add_workers(command)
+    _add_source_options(command)
+
+
+def _add_stats(commands) -> None:
+    command = _add(
+        commands,
+        "stats",
+        _stats,
+        "Reads a whole source and describes it: unreadable and repeated pairs, captions, sizes.",
+    )
+    command.add_argument("source", help=SOURCE)
+    command.add_argument("--json", metavar="FILE", help="write the numbers there too")
+    _add_workers(command)
+    _add_source_options(command)
+
+
+def _add_workers(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--workers", type=int, default=os.cpu_count(), help="processes; default: all cores"
+    )
+
+
+def _add_source_options(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("which pairs, as in the recipe's data section")
+    group.add_argument("--image-column", default="filepath", help="default: filepath")
+    group.add_argument("--caption-column", default="title", help="default: title")
+    group.add_argument("--separator", default="\t", help="one character; default: a tab")
+    group.add_argument("--image-root", help="folder of relative paths; default: the list's own")
+    group.add_argument("--split", default="train", help="of a TFDS set; default: train")
+    group.add_argument("--image-feature", default="image", help="of a TFDS set; default: image")
+    group.add_argument("--text-feature", default="caption", help="of a TFDS set; default: caption")
+    group.add_argument("--limit", type=int, help="only a random subset of so many pairs")
+    group.add_argument("--seed", type=int, default=0, help="of that subset; default: 0")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit code: 0, or 2 for what cannot be done."""
+    options = build_parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except (ValueError, OSError) as error:
+        print(f"protoclip_jax: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        resumes = options.run is not _stats
+        print("\nstopped" + resumes * ": the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def _source(options: argparse.Namespace):
+    from protoclip_jax.data.sources import open_source
+
+    source = open_source(
+        options.source,
+        image_column=options.image_column,
+        caption_column=options.caption_column,
+        separator=options.separator,
+        image_root=options.image_root,
+        split=options.split,
+        image_feature=options.image_feature,
+        text_feature=options.text_feature,
+        limit=options.limit,
+        seed=options.seed,
+    )
+    print(f"{len(source):,} pairs of {source.name}")
+    for reason, dropped in getattr(source, "report", {}).items():
+        print(f"  left out, {reason}: {dropped}")
+    return source
+
+
+def _download(options: argparse.Namespace) -> int:
+    from protoclip_jax.prepare.download import DownloadSettings, download
+
+    settings = DownloadSettings(
+        side=options.side,
+        processes=options.processes,
+        threads=options.threads,
+        timeout=options.timeout,
+        retries=options.retries,
+        shard_rows=options.shard_rows,
+    )
+    return download(
+        options.list,
+        options.out,
+        settings,
+        url_column=options.url_column,
+        caption_column=options.caption_column,
+        separator=options.separator,
+        photo_ids=options.photo_ids,
+        python=options.img2dataset_python,
+    )
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from protoclip_jax.prepare.convert import ConvertSettings, convert
+
+    settings = ConvertSettings(
+        side=options.side,
+        encoding=options.encoding,
+        quality=options.quality,
+        shard_rows=options.shard_rows,
+    )
+    convert(_source(options), options.out, settings, workers=options.workers)
+    return 0
+
+
+def _stats(options: argparse.Namespace) -> int:
+    from protoclip_jax.prepare.stats import describe, measure, write
+
+    numbers = measure(_source(options), workers=options.workers)
+    print(describe(numbers))
+    if options.json:
+        write(numbers, options.json)
+        print(f"wrote {options.json}")
+    return 0
+
+
+def _stop(*_) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _stop)  # so that no process of ours is left behind
+    sys.exit(main())

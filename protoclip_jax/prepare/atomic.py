@@ -1,0 +1,44 @@
+"""Files that are there whole or not at all, also after a kill or a power cut."""
+
+import json
+import os
+from pathlib import Path
+
+PART = ".part"  # ends the names of files that are not whole
+
+
+def part_of(path: Path) -> Path:
+    """Where the content of `path` is written before it is whole; this process's own."""
+    return path.with_name(f"{path.name}.{os.getpid()}{PART}")
+
+
+def settle(part: Path, path: Path) -> None:
+    """Gives a finished part its name, once its content is on the disk."""
+    with open(part, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(part, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file at once."""
+    part = part_of(path)
+    part.write_text(text, encoding="utf-8")
+    settle(part, path)
+
+
+def write_json(path: Path, content) -> None:
+    """Writes JSON at once."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def clear_parts(folder: Path) -> int:
+    """Removes what killed processes left; returns how many files."""
+    parts = list(folder.glob(f"*{PART}"))
+    for part in parts:
+        part.unlink(missing_ok=True)
+    return len(parts)

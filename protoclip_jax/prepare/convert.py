@@ -1,0 +1,189 @@
+"""Any source as a set of ArrayRecord shards (see `data.array_records`), resumable at any moment."""
+
+import collections
+import dataclasses
+import json
+from pathlib import Path
+
+from tqdm import tqdm
+
+from protoclip_jax.data.array_records import FORMAT, META, SETTINGS, VERSION, fingerprint
+from protoclip_jax.data.files import local_folder
+from protoclip_jax.data.left_out import LeftOut
+from protoclip_jax.data.sources import PairSource
+from protoclip_jax.prepare import pool
+from protoclip_jax.prepare.atomic import PART, clear_parts, part_of, settle, write_json
+from protoclip_jax.prepare.lock import LOCK, locked
+from protoclip_jax.prepare.shard import (
+    OUTCOMES,
+    ConvertSettings,
+    ShardWriter,
+    outcome_path,
+)
+
+__all__ = ["UNREADABLE", "ConvertSettings", "convert"]
+
+UNREADABLE = "unreadable.tsv"
+
+
+def convert(
+    source: PairSource,
+    out: str | Path,
+    settings: ConvertSettings,
+    *,
+    workers: int = 1,
+    progress: bool = True,
+) -> dict:
+    """Writes the pairs of a source as shards; or goes on, or finds that all is done.
+
+    Says what it finds and what became of every row.
+
+    Args:
+      source: the pairs.
+      out: folder of the set.
+      settings: form of pictures and shards.
+      workers: processes that decode and write.
+      progress: show a bar.
+
+    Returns:
+      The content of meta.json.
+
+    Raises:
+      ValueError: `out` holds something else, or another process works there.
+      OSError: it cannot be written.
+    """
+    out = local_folder(out)
+    _claim(out)
+    with locked(out):
+        _agree(out, source, settings)
+        count = -(-len(source) // settings.shard_rows)
+        finished = _finished(out, count)
+        _clear(out, len(finished), count)
+        todo = [number for number in range(count) if number not in finished]
+        done = sum(stop - start for start, stop in finished.values())
+        if todo:
+            job = ShardWriter(source, out.absolute(), settings, count)
+            with tqdm(
+                total=len(source), initial=done, unit="pair", smoothing=0.1, disable=not progress
+            ) as bar:
+                for _ in pool.run(job, todo, workers, bar):
+                    pass
+        meta = _summary(out, source, settings, count)
+    _tell(out, meta)
+    return meta
+
+
+def _claim(out: Path) -> None:
+    """Makes the folder, unless it holds other things."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: choose another --out")
+    if out.exists() and not (out / SETTINGS).exists():
+        # A run killed at its very beginning leaves these.
+        known = (OUTCOMES, LOCK)
+        if any(path.name not in known and path.suffix != PART for path in out.iterdir()):
+            raise ValueError(f"{out} holds other files: choose another --out")
+    (out / OUTCOMES).mkdir(parents=True, exist_ok=True)
+
+
+def _agree(out: Path, source: PairSource, settings: ConvertSettings) -> None:
+    """Notes what the set is made from, or compares."""
+    wanted = {
+        "format": FORMAT,
+        "version": VERSION,
+        "source": source.name,
+        "rows": len(source),
+        "fingerprint": source.fingerprint,
+        **dataclasses.asdict(settings),
+    }
+    path = out / SETTINGS
+    if not path.exists():
+        write_json(path, wanted)
+        return
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    for key, value in wanted.items():
+        if key != "source" and stored.get(key) != value:
+            raise ValueError(
+                f"{out} was begun with {key} {stored.get(key)!r} (source {stored.get('source')}), "
+                f"and this is {key} {value!r}: choose another --out, or remove it"
+            )
+
+
+def _finished(out: Path, count: int) -> dict[int, tuple[int, int]]:
+    """Rows of the shards that need not be made again, by number."""
+    finished = {}
+    for number in range(count):
+        path = outcome_path(out, number)
+        if not path.exists():
+            continue
+        outcome = json.loads(path.read_text(encoding="utf-8"))
+        shard = out / outcome["file"]
+        if shard.exists() and shard.stat().st_size == outcome["bytes"]:
+            finished[number] = tuple(outcome["rows"])
+        else:
+            path.unlink()
+    return finished
+
+
+def _clear(out: Path, finished: int, count: int) -> None:
+    parts = clear_parts(out) + clear_parts(out / OUTCOMES)
+    if finished == count:
+        print(f"{out}: all {count} shards are there")
+    elif finished or parts:
+        print(
+            f"{out}: goes on, {finished} of {count} shards are there"
+            + (f"; {parts} unfinished files removed" if parts else "")
+        )
+
+
+def _summary(out: Path, source: PairSource, settings: ConvertSettings, count: int) -> dict:
+    """Adds up the outcomes: unreadable.tsv, and meta.json as the last file of all."""
+    shards, unreadable = [], collections.defaultdict(LeftOut)
+    next_row = 0
+    table = part_of(out / UNREADABLE)
+    with open(table, "w", encoding="utf-8") as file:
+        for number in range(count):
+            outcome = json.loads(outcome_path(out, number).read_text(encoding="utf-8"))
+            first, stop = outcome["rows"]
+            lost = outcome["unreadable"]
+            if first != next_row or outcome["pairs"] + len(lost) != stop - first:
+                raise ValueError(
+                    f"{outcome_path(out, number)} accounts for {outcome['pairs']} + {len(lost)} of "
+                    f"the rows {first} to {stop}: remove it and run again"
+                )
+            next_row = stop
+            for row, reason, name in lost:
+                unreadable[reason].add(f"row {row}")
+                name = name.replace("\t", " ").replace("\n", " ")
+                file.write(f"{row}\t{name}\t{reason}\n")
+            shards.append(
+                {key: outcome[key] for key in ("file", "pairs", "rows", "bytes", "digest")}
+            )
+    settle(table, out / UNREADABLE)
+    meta = {
+        "format": FORMAT,
+        "version": VERSION,
+        "pairs": sum(shard["pairs"] for shard in shards),
+        "fingerprint": fingerprint(shard["digest"] for shard in shards),
+        "source": source.name,
+        "source_fingerprint": source.fingerprint,
+        "source_rows": len(source),
+        **dataclasses.asdict(settings),
+        "unreadable": {reason: dataclasses.asdict(left) for reason, left in unreadable.items()},
+        "shards": shards,
+    }
+    if next_row != len(source):
+        raise ValueError(f"{out}: the shards hold {next_row} of {len(source)} rows")
+    write_json(out / META, meta)
+    return meta
+
+
+def _tell(out: Path, meta: dict) -> None:
+    lost = {reason: entry["count"] for reason, entry in meta["unreadable"].items()}
+    print(
+        f"wrote {out}: {meta['source_rows']:,} rows = {meta['pairs']:,} pairs + "
+        f"{sum(lost.values()):,} unreadable"
+    )
+    for reason, count in sorted(lost.items(), key=lambda item: -item[1]):
+        print(f"  {reason}: {count:,}")
+    if lost:
+        print(f"  each of them is in {out / UNREADABLE}")

@@ -1,0 +1,130 @@
+"""One shard: the rows of a block of the source, written as ArrayRecord, with their outcomes."""
+
+import collections
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+from array_record.python import array_record_module
+
+from protoclip_jax.data.array_records import WRITER_OPTIONS, pack, shard_name
+from protoclip_jax.data.decoding import UnreadableImage
+from protoclip_jax.data.sources import PairSource, origin, where
+from protoclip_jax.prepare.atomic import part_of, settle, write_json
+from protoclip_jax.prepare.picture import stored
+
+OUTCOMES = "outcomes"
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertSettings:
+    """What a converted set depends on beside its source.
+
+    Attributes:
+      side: shorter side of larger pictures; 0 = as they are.
+      encoding: "jpeg" or "webp".
+      quality: of the encoding, 1 to 100.
+      shard_rows: rows of the source in a block, which becomes a shard.
+    """
+
+    side: int = 256
+    encoding: str = "jpeg"
+    quality: int = 95
+    shard_rows: int = 20_000
+
+    def __post_init__(self):
+        if self.side < 0 or not 1 <= self.quality <= 100 or self.shard_rows < 1:
+            raise ValueError(
+                f"side {self.side} must be 0 or more, quality {self.quality} from 1 to 100, rows "
+                f"of a shard {self.shard_rows} 1 or more"
+            )
+
+
+def outcome_path(out: Path, number: int) -> Path:
+    """Where the outcomes of a shard's rows are; it is there when the shard is finished."""
+    return out / OUTCOMES / f"{number:05}.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardWriter:
+    """Makes shards; a job of the pool.
+
+    Attributes:
+      source: the pairs.
+      out: folder of the set.
+      settings: form of the pictures.
+      count: shards of the set.
+    """
+
+    source: PairSource
+    out: Path
+    settings: ConvertSettings
+    count: int
+
+    def __call__(self, number: int, tick: Callable[[], None]) -> dict:
+        """Writes a shard, then its outcomes; returns these.
+
+        Raises:
+          OSError: the shard could not be written.
+        """
+        first = number * self.settings.shard_rows
+        rows = range(first, min(first + self.settings.shard_rows, len(self.source)))
+        path = self.out / shard_name(number, self.count)
+        part = part_of(path)
+        try:
+            written, digest, unreadable = self._write(part, rows, tick)
+        except RuntimeError as error:  # the writer's, for a full disk among others
+            raise OSError(f"{path} cannot be written: {error}") from error
+        _check(part, written)
+        settle(part, path)
+        outcome = {
+            "file": path.name,
+            "rows": [rows.start, rows.stop],
+            "pairs": written,
+            "bytes": path.stat().st_size,
+            "digest": digest,
+            "unreadable": unreadable,
+        }
+        write_json(outcome_path(self.out, number), outcome)
+        return outcome
+
+    def _write(
+        self, part: Path, rows: range, tick: Callable[[], None]
+    ) -> tuple[int, str, list[list]]:
+        """Number and digest of the records, and [row, reason, picture] of what is unreadable."""
+        settings, source = self.settings, self.source
+        written, unreadable = 0, []
+        digest = hashlib.blake2b(digest_size=16)
+        writer = array_record_module.ArrayRecordWriter(str(part), WRITER_OPTIONS)
+        try:
+            for row in rows:
+                try:
+                    data, caption = source.read(row)
+                    picture = stored(data, settings.side, settings.encoding, settings.quality)
+                except UnreadableImage as error:
+                    unreadable.append([origin(source, row), error.reason, where(source, row)])
+                else:
+                    record = pack(origin(source, row), caption, picture)
+                    digest.update(len(record).to_bytes(8, "little"))
+                    digest.update(record)
+                    writer.write(record)
+                    written += 1
+                tick()
+        finally:
+            writer.close()
+        return written, digest.hexdigest(), unreadable
+
+
+def _check(part: Path, written: int) -> None:
+    """Reads back how many records the file holds: the writer may have failed unheard."""
+    reader = array_record_module.ArrayRecordReader(str(part))
+    found = reader.num_records()
+    reader.close()
+    if found != written:
+        raise OSError(f"{part} holds {found} records after writing {written}: is the disk full?")
+
+
+def reasons(unreadable: list[list]) -> collections.Counter[str]:
+    """Rows by reason."""
+    return collections.Counter(reason for _, reason, _ in unreadable)

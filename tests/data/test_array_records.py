@@ -1,0 +1,127 @@
+"""Sets of ArrayRecord shards: what was written comes back, damage is noticed, memory is bounded."""
+
+import json
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from pair_files import caption, picture, write_list
+
+import protoclip_jax.data.record_files as record_files
+from protoclip_jax.data.array_records import ArrayRecordPairs, pack, unpack
+from protoclip_jax.data.decoding import BROKEN, MISSING, UnreadableImage
+from protoclip_jax.data.sources import PairSource, open_source, where
+from protoclip_jax.prepare.convert import ConvertSettings, convert
+
+ROWS, SHARD = 23, 5
+
+
+def made(folder: Path, rows: int = ROWS, faults: dict | None = None) -> str:
+    source = open_source(write_list(folder / "list", rows, faults))
+    convert(source, folder / "set", ConvertSettings(shard_rows=SHARD), progress=False)
+    return str(folder / "set")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    return made(tmp_path_factory.mktemp("set"), faults={3: "cut", 7: "missing", 8: "html"})
+
+
+def test_records_round_trip():
+    for row, text, data in ((0, "", b""), (2**40, "ein Käse\n🧀", bytes(range(256)))):
+        assert unpack(pack(row, text, data)) == (row, text, data)
+
+
+def test_pairs_come_back_in_order_with_their_rows(folder):
+    source = open_source(folder)
+    assert isinstance(source, ArrayRecordPairs)
+    assert isinstance(source, PairSource)
+    kept = [row for row in range(ROWS) if row not in (3, 7, 8)]
+    assert len(source) == len(kept)
+    for row, number in enumerate(kept):
+        assert source.read(row) == (picture(number), caption(number))
+        assert where(source, row).endswith(f"row {row} ({source.meta['source']} row {number})")
+    assert source.caption(4) == caption(5)
+    with pytest.raises(IndexError):
+        source.read(len(kept))
+
+
+def test_what_the_conversion_left_out_is_reported(folder):
+    report = {reason: left.count for reason, left in open_source(folder).report.items()}
+    assert report == {
+        f"unreadable at conversion, {reason}": 1
+        for reason in ("truncated image", "missing file", "not an image")
+    }
+    assert "row 7" in str(open_source(folder).report["unreadable at conversion, missing file"])
+
+
+def test_fingerprint_follows_content_and_order(tmp_path, folder):
+    again = made(tmp_path / "again", faults={3: "cut", 7: "missing", 8: "html"})
+    other = made(tmp_path / "other", faults={4: "cut", 7: "missing", 8: "html"})
+    prints = [open_source(path).fingerprint for path in (folder, again, other)]
+    assert prints[0] == prints[1] != prints[2]
+
+
+def test_few_shards_are_open_at_a_time_and_threads_may_share_them(folder, monkeypatch):
+    monkeypatch.setattr(record_files, "_OPEN_FILES", 2)
+    source = open_source(folder)
+    wanted = [source.read(row) for row in range(len(source))]
+    rows = [row * 7 % len(source) for row in range(400)]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(source.read, rows)) == [wanted[row] for row in rows]
+    assert len(source._records._open) <= 2
+
+
+def test_pickles_without_its_open_files(folder):
+    source = open_source(folder)
+    source.read(0)
+    content = pickle.dumps(source)
+    assert len(content) < 4000
+    assert pickle.loads(content).read(5) == source.read(5)
+
+
+def test_damage_inside_a_shard_is_an_unreadable_pair(tmp_path):
+    folder = Path(made(tmp_path, rows=5))
+    shard = next(folder.glob("*.array_record"))
+    data = bytearray(shard.read_bytes())
+    at = data.index(picture(2))
+    data[at + 20 : at + 60] = bytes(40)
+    shard.write_bytes(data)
+    source = open_source(str(folder))
+    assert source.read(1)[1] == caption(1)
+    with pytest.raises(UnreadableImage) as caught:
+        source.read(2)
+    assert caught.value.reason == BROKEN
+    assert where(source, 2) == f"{folder} row 2"
+
+
+def test_a_shard_that_goes_away_is_missing(tmp_path):
+    source = open_source(made(tmp_path, rows=5))
+    for shard in Path(source.name).glob("*.array_record"):
+        shard.unlink()
+    with pytest.raises(UnreadableImage) as caught:
+        source.read(0)
+    assert caught.value.reason == MISSING
+
+
+def test_sets_that_are_not_whole_are_refused(tmp_path):
+    folder = Path(made(tmp_path, rows=5))
+    shard = next(folder.glob("*.array_record"))
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=rf"{len(whole) // 2} bytes .* with {len(whole)}"):
+        open_source(str(folder))
+    shard.unlink()
+    with pytest.raises(FileNotFoundError, match=shard.name):
+        open_source(str(folder))
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps(meta | {"version": 9}))
+    with pytest.raises(ValueError, match="version 9"):
+        open_source(str(folder))
+    (folder / "meta.json").write_text("{")
+    with pytest.raises(ValueError, match="damaged"):
+        open_source(str(folder))
+    (folder / "meta.json").unlink()
+    with pytest.raises(ValueError, match="not finished"):
+        open_source(str(folder))
