@@ -290,7 +290,9 @@ def test_online_run_extracts_a_sample_and_resumes(pairs, tmp_path, capsys):
     assert lines[0]["online/agreement_external"] == 1
 
 
-@pytest.mark.parametrize("keep", ["none", "pixels", "jpeg"])
+@pytest.mark.parametrize(
+    "keep", ["jpeg", *(pytest.param(keep, marks=pytest.mark.slow) for keep in ("none", "pixels"))]
+)
 def test_pictures_kept_or_read_twice_give_the_same_run(pairs, tmp_path, keep, capsys):
     settings = {"data__keep": keep, "data__keep_side": 32, "data__augmentation": "clip"}
     logs = []

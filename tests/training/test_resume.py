@@ -106,6 +106,7 @@ def test_run_stopped_in_every_phase_equals_an_unbroken_one(tmp_path, monkeypatch
     assert_equal_runs(config, whole, broken)
 
 
+@pytest.mark.slow
 def test_stop_during_extraction_keeps_the_state_before_it(tmp_path, monkeypatch):
     config = recipe(tmp_path, log__every=1, checkpoint__every=3)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -124,6 +125,7 @@ def test_stop_during_extraction_keeps_the_state_before_it(tmp_path, monkeypatch)
     assert_equal_runs(config, whole, broken)
 
 
+@pytest.mark.slow
 def test_online_run_with_workers_stopped_in_an_episode(tmp_path, monkeypatch):
     config = recipe(tmp_path, episode__online=0.5, episode__prototypes=4, log__every=1)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -136,6 +138,7 @@ def test_online_run_with_workers_stopped_in_an_episode(tmp_path, monkeypatch):
     assert_equal_runs(config, whole, broken)
 
 
+@pytest.mark.slow
 def test_timed_saves_go_on_without_leaving(tmp_path, monkeypatch):
     config = recipe(tmp_path)
     Asked(monkeypatch, {4: requests.SAVE, 8: requests.SAVE})
@@ -163,6 +166,7 @@ def test_clock_and_signals_ask(monkeypatch):
             signal.raise_signal(signal.SIGINT)
 
 
+@pytest.mark.slow
 def test_damaged_newest_checkpoint_costs_its_steps_only(tmp_path, capsys):
     config = recipe(tmp_path, episode__count=3, log__every=1)
     workdir, whole = tmp_path / "run", tmp_path / "whole"
@@ -177,6 +181,7 @@ def test_damaged_newest_checkpoint_costs_its_steps_only(tmp_path, capsys):
     assert_equal_runs(config, whole, workdir)
 
 
+@pytest.mark.slow
 def test_new_run_starts_from_the_weights_of_another(tmp_path):
     first = recipe(tmp_path, episode__count=2, episode__locked=0)
     loop.train(first, tmp_path / "first")

@@ -1,0 +1,114 @@
+"""What a stranger reads in the log when something is wrong."""
+
+import math
+
+import jax.numpy as jnp
+import pytest
+from tiny_run import small_config
+
+from protoclip_jax.training.logging import Meter, MetricLog
+from protoclip_jax.training.phases import phase_of
+from protoclip_jax.training.progress import Progress
+from protoclip_jax.training.reporter import STUCK_STEPS, Reporter
+
+GOOD = {
+    "loss/total": 1.0,
+    "loss/clip": 1.0,
+    "geometry/image_spread": 0.9,
+    "geometry/text_spread": 0.9,
+    "grad_norm": 1.0,
+    "skipped": 0.0,
+}
+
+
+class Told(Progress, MetricLog):
+    """Stands for the bar and for the log."""
+
+    def __init__(self):
+        self.lines, self.written, self.shown = [], [], {}
+
+    def say(self, text):
+        self.lines.append(text)
+
+    def show(self, values):
+        self.shown = values
+
+    def write(self, step, episode, phase, values):
+        self.written.append((step, values))
+
+
+@pytest.fixture
+def told():
+    return Told()
+
+
+def report(told, rows: list[dict], **settings) -> Told:
+    config = small_config("pairs.tsv", **({"optimizer__batch": 16} | settings))
+    reporter, recent = Reporter(config, told, told), Meter()
+    for row in rows:
+        recent.add({name: jnp.float32(value) for name, value in row.items()})
+    reporter.steps(len(rows), 0, phase_of(config, 0), recent, Meter(), flops=1e9)
+    return told
+
+
+def warnings(told) -> list[str]:
+    return [line for line in told.lines if "warning" in line]
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"loss/clip": math.log(16) * 0.995}, "within 1 % of ln"),
+        ({"geometry/image_spread": 0.01}, "image features have collapsed"),
+        ({"geometry/text_spread": 0.01}, "text features have collapsed"),
+    ],
+)
+def test_model_that_does_not_learn_is_told_once_after_a_stated_time(told, row, words):
+    """NUM-07."""
+    stuck = [GOOD | row] * (STUCK_STEPS - 1)
+    assert warnings(report(told, stuck)) == []
+    (line,) = warnings(report(Told(), stuck + stuck))
+    assert words in line
+    assert f"at step {STUCK_STEPS}" in line
+    assert warnings(report(Told(), [*stuck, GOOD, *stuck])) == []  # in a row
+
+
+def test_skipped_steps_are_named_counted_and_left_out_of_the_means(told):
+    bad = GOOD | {"loss/total": math.nan, "loss/clip": math.nan, "skipped": 1.0}
+    report(told, [GOOD, bad, GOOD | {"loss/total": 3.0}])
+    assert told.lines == [
+        "  step 2: not finite: loss/clip, loss/total; the update was skipped (1 so far)"
+    ]
+    (step, values) = told.written[0]
+    assert step == 3
+    assert values["train/loss/total"] == 2
+    assert values["train/skipped"] == pytest.approx(1 / 3)
+
+
+def test_too_many_skipped_in_a_row_stop_the_run(told):
+    bad = GOOD | {"grad_norm": math.inf, "skipped": 1.0}
+    report(told, [bad, bad, GOOD, bad, bad], optimizer__max_skipped=3)
+    with pytest.raises(
+        FloatingPointError, match=r"3 steps in a row, the last is step 4: grad_norm"
+    ):
+        report(told, [GOOD, bad, bad, bad], optimizer__max_skipped=3)
+
+
+def test_few_used_prototypes_and_missing_room_are_told_once(told):
+    config = small_config("pairs.tsv")
+    reporter = Reporter(config, told, told)
+    numbers = {"clusters/image_used": 1.0, "clusters/text_used": 6.0}
+    for _ in range(2):
+        reporter.prototypes(numbers, roomless=24)
+    assert len(told.lines) == 2
+    assert "no room for 24 of an episode's 24 pictures" in told.lines[0]
+    assert "only 17% of the image prototypes have members" in told.lines[1]
+
+
+def test_speed_and_memory_are_logged(told):
+    report(told, [GOOD, GOOD])
+    _, values = told.written[0]
+    assert values["speed/pairs_per_second_per_device"] > 0
+    assert values["speed/teraflops_per_device"] > 0
+    assert 0.01 < values["memory/host_gb"] < 1000
+    assert "pairs/s/device" in told.shown
