@@ -100,6 +100,7 @@ def test_gke_job_is_consistent():
 
 
 @pytest.mark.slow
+@pytest.mark.unproven
 def test_local_runs_two_processes(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -151,6 +151,7 @@ def test_two_processes_equal_one(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.unproven
 def test_two_processes_equal_one_with_batch_norm_uneven_data_and_broken_pictures(tmp_path):
     """Tiny ResNet, three steps of 13 rows (DIST-01); then with pictures that cannot be read."""
     pairs = write_pairs(tmp_path / "data", 13)
@@ -179,6 +180,7 @@ def test_two_processes_equal_one_with_batch_norm_uneven_data_and_broken_pictures
 
 
 @pytest.mark.slow
+@pytest.mark.unproven
 def test_failure_of_one_process_ends_all_within_a_minute(tmp_path):
     pairs = write_pairs(tmp_path / "data", 40)
     settings = {"data.teacher": teacher(tmp_path, 40), "episode.warmup": "0"}
@@ -194,6 +196,7 @@ def test_failure_of_one_process_ends_all_within_a_minute(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.unproven
 def test_signal_to_one_process_saves_and_all_go_on_together(tmp_path):
     pairs = write_pairs(tmp_path / "data", 40)
     settings = {"data.teacher": teacher(tmp_path, 40), "episode.count": "6"}
