@@ -27,8 +27,10 @@ class Progress:
 
     def start(self, done: int) -> None:
         """Begins at a step: what was done by an earlier process is not in the pace."""
-        self._bar.initial = done
         self._bar.reset()
+        # Both, or the pace would be that of all steps in the time of the last few.
+        self._bar.initial = self._bar.n = self._bar.last_print_n = done
+        self._bar.refresh()
 
     def say(self, text: str) -> None:
         """Prints a line above the bar."""
