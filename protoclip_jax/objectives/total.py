@@ -86,22 +86,12 @@ def total_loss(
         _check_external(labels, prototypes, back_translation)
         sides["external"] = _external_sides(features, labels, prototypes)
     for term, pair in sides.items():
-        losses = []
-        for side in pair:
-            loss, accuracy = prototype_loss(
-                side.features,
-                scales["logit_scale_proto"],
-                side.student,
-                side.teacher,
-                side.labels,
-                side.counts > 0 if mask_unused else None,
-                None if side.teacher is None else temperature,
-                mesh=mesh,
-            )
-            losses.append(loss)
-            metrics[f"loss/{side.name}"] = loss
-            metrics[f"accuracy/{side.name}"] = accuracy
+        losses, found = zip(
+            *(_side_loss(side, scales, temperature, mask_unused, mesh) for side in pair),
+            strict=True,
+        )
         terms[term] = (losses[0] + losses[1]) / 2
+        metrics |= found[0] | found[1]
         metrics["temperature/prototype"] = _temperature(scales["logit_scale_proto"])
     if not terms:
         raise ValueError(f"nothing to train: all weights are 0 ({weights})")
@@ -117,27 +107,38 @@ def total_loss(
     return total, {name: jax.lax.stop_gradient(value) for name, value in metrics.items()}
 
 
+def _side_loss(
+    side: _Side, scales: dict, temperature: float | int | None, mask_unused: bool, mesh: Mesh | None
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """A side's loss, and what there is to log about it."""
+    loss, accuracy = prototype_loss(
+        side.features,
+        scales["logit_scale_proto"],
+        side.student,
+        side.teacher,
+        side.labels,
+        side.counts > 0 if mask_unused else None,
+        None if side.teacher is None else temperature,
+        mesh=mesh,
+    )
+    return loss, {f"loss/{side.name}": loss, f"accuracy/{side.name}": accuracy}
+
+
 def feature_statistics(
     image_bd: Float[Array, "b d"], text_bd: Float[Array, "b d"]
 ) -> dict[str, Float[Array, ""]]:
     """How spread the features of a batch are, and how far the modalities lie apart.
 
     `geometry/image_std` and `geometry/text_std`: mean over dimensions of the unbiased standard
-    deviation over the batch; `geometry/image_spread`, `geometry/text_spread`: the same times the
-    root of the dimensions, 1 for vectors of length 1 in all directions. `geometry/modality_gap`:
-    distance of the means. `geometry/pair_similarity`: mean dot product within the pairs.
+    deviation over the batch. `geometry/modality_gap`: distance of the means.
+    `geometry/pair_similarity`: mean dot product within the pairs.
     (Reference: what its training loop logs, there of one local batch.)
     """
     image_bd, text_bd = wide(image_bd, text_bd)
     gap_d = jnp.mean(image_bd, axis=0) - jnp.mean(text_bd, axis=0)
-    image_std = jnp.mean(jnp.std(image_bd, axis=0, ddof=1))
-    text_std = jnp.mean(jnp.std(text_bd, axis=0, ddof=1))
-    root = image_bd.shape[1] ** 0.5
     return {
-        "geometry/image_std": image_std,
-        "geometry/text_std": text_std,
-        "geometry/image_spread": root * image_std,
-        "geometry/text_spread": root * text_std,
+        "geometry/image_std": jnp.mean(jnp.std(image_bd, axis=0, ddof=1)),
+        "geometry/text_std": jnp.mean(jnp.std(text_bd, axis=0, ddof=1)),
         "geometry/modality_gap": jnp.linalg.norm(gap_d),
         "geometry/pair_similarity": jnp.mean(jnp.sum(image_bd * text_bd, axis=1)),
     }

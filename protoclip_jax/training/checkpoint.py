@@ -44,6 +44,7 @@ class Checkpoints:
             enable_async_checkpointing=True,
         )
         self._directory = Path(workdir).absolute() / "checkpoints"
+        self._damaged: list[int] = []
         # Named, so that a fresh process knows what each item is before it reads it.
         handlers = {name: ocp.StandardCheckpointHandler() for name in (*ITEMS, "episode")}
         handlers["meta"] = ocp.JsonCheckpointHandler()
@@ -84,6 +85,7 @@ class Checkpoints:
         Raises:
           CheckpointError: this one, or the one before, cannot be written.
         """
+        self._put_aside()
         trees = {name: state[name] for name in ITEMS if state[name]}
         if episode is not None:
             trees["episode"] = episode
@@ -107,7 +109,8 @@ class Checkpoints:
     ) -> tuple[int, Any] | None:
         """The newest checkpoint that reads back whole, by its number, and what `read` made of it.
 
-        One that does not is named, put aside under another name, never deleted.
+        One that does not is named and passed over. Reading changes nothing in the folder; the next
+        `save` gives it another name, and nothing deletes it.
 
         Args:
           read: takes a number; whatever it raises but ConfigError means damage.
@@ -121,7 +124,7 @@ class Checkpoints:
         """
         for name in self.leftovers():
             say(f"checkpoints/{name} was never finished: passed over")
-        broken = []
+        self._damaged = []
         for step in reversed(self.all()):
             try:
                 found = step, read(step)
@@ -130,19 +133,19 @@ class Checkpoints:
             except Exception as error:  # damage shows as anything: KeyError, ValueError, OSError
                 reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
                 say(f"checkpoints/{step} cannot be read: passed over ({reason})")
-                broken.append(step)
-                continue
-            self._put_aside(broken)
-            return found
-        if broken:
+                self._damaged.append(step)
+            else:
+                return found
+        if self._damaged:
             raise ConfigError(
-                f"none of the {len(broken)} checkpoints in {self._directory} can be read: the run "
-                "cannot go on. Restore the folder from a copy, or start in a new --workdir"
+                f"none of the {len(self._damaged)} checkpoints in {self._directory} can be read: "
+                "the run cannot go on. Restore the folder from a copy, or start in a new --workdir"
             )
         return None
 
-    def _put_aside(self, steps: list[int]) -> None:
-        """Renames: a later save of the same step must find its place free."""
+    def _put_aside(self) -> None:
+        """Renames what was found damaged: a save of the same step must find its place free."""
+        steps, self._damaged = self._damaged, []
         if jax.process_index() == 0:
             for step in steps:
                 target = self._directory / f"{DAMAGED}-{step}"

@@ -27,6 +27,7 @@ from protoclip_jax.training.input import Input
 from protoclip_jax.training.logging import Meter, MetricLog, check_wandb
 from protoclip_jax.training.pace import Pace
 from protoclip_jax.training.phases import Phase, phase_of
+from protoclip_jax.training.processes import from_first
 from protoclip_jax.training.profile import Profile
 from protoclip_jax.training.progress import Progress
 from protoclip_jax.training.reporter import Reporter, cluster_numbers
@@ -85,7 +86,7 @@ class Trainer:
         self.saved = self.done
         self.progress.start(self.done)
         self.log = MetricLog(workdir, config, self.done)
-        self.reporter = Reporter(config, self.progress, self.log)
+        self.reporter = Reporter(config, self.model.embed_dim, self.progress, self.log)
         self.evaluator = Evaluator(config, self.model, self.graphdef, self.mesh)
         self.requests = Requests(config.checkpoint.minutes, self.mesh)
         self.train_steps: dict[Phase, CompiledStep] = {}
@@ -103,9 +104,9 @@ class Trainer:
         """
         found = self.checkpoints.newest_whole(self._read, self.progress.say)
         if found is None:
-            record.write(self.workdir, self.config)
             if self.config.model.weights is not None:
                 self.state |= start_weights(Path(self.config.model.weights), self.state)
+            record.write(self.workdir, self.config)
             return 0, None
         done, (self.state, prepared) = found
         return done, prepared
@@ -135,7 +136,8 @@ class Trainer:
         with self.requests, self.input.batches(first, steps) as self.batches:
             for episode in range(first, config.episode.count):
                 self.run_episode(episode)
-        if self.done and not self.evaluator.measured(self.workdir, self.done):
+        # Process 0 writes the log, so that the others might read it too early.
+        if self.done and not from_first(self.evaluator.measured(self.workdir, self.done)):
             self.evaluate(phase_of(config, config.episode.count - 1).name, config.episode.count - 1)
         self.checkpoints.wait()
         self.progress.close()

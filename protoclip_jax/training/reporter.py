@@ -35,8 +35,14 @@ STUCK = {
 class Reporter:
     """Says and logs what happens; knows the recipe, but nothing of the state."""
 
-    def __init__(self, config: Config, progress: Progress, log: MetricLog):
-        self._config, self._progress, self._log = config, progress, log
+    def __init__(self, config: Config, width: int, progress: Progress, log: MetricLog):
+        """Args:
+        config: the recipe.
+        width: of the features.
+        progress: for people.
+        log: for numbers.
+        """
+        self._config, self._width, self._progress, self._log = config, width, progress, log
         self._told: set[str] = set()
         self._skipped = self._skipped_ever = 0  # the first counts steps in a row
         self._stuck = dict.fromkeys(STUCK, 0)  # steps in a row
@@ -87,7 +93,7 @@ class Reporter:
             return
         self._skipped = 0
         for name, what in STUCK.items():
-            stuck = is_stuck(name, row, self._config.optimizer.batch)
+            stuck = is_stuck(name, row, self._config.optimizer.batch, self._width)
             self._stuck[name] = self._stuck[name] + 1 if stuck else 0
             if self._stuck[name] == STUCK_STEPS:
                 self._once(name, f"warning: at step {step}, for {STUCK_STEPS} steps, {what}")
@@ -207,12 +213,15 @@ def cluster_numbers(clusters: dict[str, Clusters]) -> dict[str, float]:
     return numbers
 
 
-def is_stuck(name: str, row: dict[str, float], batch: int) -> bool:
-    """Whether the numbers of a step look like one kind of `STUCK`."""
+def is_stuck(name: str, row: dict[str, float], batch: int, width: int) -> bool:
+    """Whether the numbers of a step look like one kind of `STUCK`.
+
+    Features of length 1 that point in all directions have a standard deviation of 1 / sqrt(width).
+    """
     if name == "loss":
         target = math.log(batch)
         return abs(row.get("loss/clip", math.inf) - target) <= 0.01 * target
-    return row[f"geometry/{name}_spread"] < 0.05
+    return row[f"geometry/{name}_std"] < 0.05 / math.sqrt(width)
 
 
 def memory() -> dict[str, float]:

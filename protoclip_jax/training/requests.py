@@ -70,8 +70,9 @@ class Requests:
         os.write(2, b"\nSaving at the next step, then leaving. Ctrl-C again ends at once.\n")
 
     def saved(self) -> None:
-        """Starts the clock anew."""
+        """Starts the clock anew; what was asked meanwhile is answered. A signal is asked again."""
         self._saved = time.monotonic()
+        self._asked.clear()
 
     def after_step(self) -> int:
         """What to do after this step: 0, SAVE or LEAVE; the same on every process."""

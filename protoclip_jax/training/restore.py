@@ -1,5 +1,6 @@
 """A trained model out of a workdir."""
 
+import sys
 from pathlib import Path
 
 import jax
@@ -37,16 +38,25 @@ def start_weights(workdir: Path, like: dict) -> dict:
             f"config.model.weights={workdir} is another model. Differences:\n  "
             + "\n  ".join(lines[:20])
         )
+    return _newest(workdir, {name: like[name] for name in items})
+
+
+def _newest(workdir: Path, like: dict, step: int | None = None) -> dict:
+    """Items of a checkpoint of another run, in which nothing is changed."""
     checkpoints = Checkpoints(workdir)
     try:
-        found = checkpoints.newest_whole(
-            lambda step: checkpoints.restore(step, {name: like[name] for name in items})
-        )
+        if step is not None:
+            return checkpoints.restore(step, like)
+        found = checkpoints.newest_whole(lambda step: checkpoints.restore(step, like), _warn)
     finally:
         checkpoints.close()
     if found is None:
-        raise ConfigError(f"config.model.weights={workdir} holds no complete checkpoint yet")
+        raise ConfigError(f"{workdir} holds no complete checkpoint yet")
     return found[1]
+
+
+def _warn(text: str) -> None:
+    print(f"protoclip_jax: {text}", file=sys.stderr)
 
 
 def restore_encoder(workdir: Path, step: int | None = None) -> Encoder:
@@ -62,12 +72,5 @@ def restore_encoder(workdir: Path, step: int | None = None) -> Encoder:
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
         {name: like[name] for name in ("params", "batch_stats")},
     )
-    checkpoints = Checkpoints(workdir)
-    try:
-        found = checkpoints.latest() if step is None else step
-        if found is None:
-            raise ConfigError(f"{workdir} holds no complete checkpoint yet")
-        restored = checkpoints.restore(found, wanted)
-    finally:
-        checkpoints.close()
+    restored = _newest(workdir, wanted, step)
     return Encoder(state.model_of(config), graphdef, restored["params"], restored["batch_stats"])

@@ -14,8 +14,8 @@ from protoclip_jax.training.reporter import STUCK_STEPS, Reporter
 GOOD = {
     "loss/total": 1.0,
     "loss/clip": 1.0,
-    "geometry/image_spread": 0.9,
-    "geometry/text_spread": 0.9,
+    "geometry/image_std": 0.09,
+    "geometry/text_std": 0.09,
     "grad_norm": 1.0,
     "skipped": 0.0,
 }
@@ -44,7 +44,7 @@ def told():
 
 def report(told, rows: list[dict], **settings) -> Told:
     config = small_config("pairs.tsv", **({"optimizer__batch": 16} | settings))
-    reporter, recent = Reporter(config, told, told), Meter()
+    reporter, recent = Reporter(config, 100, told, told), Meter()
     for row in rows:
         recent.add({name: jnp.float32(value) for name, value in row.items()})
     reporter.steps(len(rows), 0, phase_of(config, 0), recent, Meter(), flops=1e9)
@@ -59,8 +59,8 @@ def warnings(told) -> list[str]:
     ("row", "words"),
     [
         ({"loss/clip": math.log(16) * 0.995}, "within 1 % of ln"),
-        ({"geometry/image_spread": 0.01}, "image features have collapsed"),
-        ({"geometry/text_spread": 0.01}, "text features have collapsed"),
+        ({"geometry/image_std": 0.0049}, "image features have collapsed"),
+        ({"geometry/text_std": 0.0049}, "text features have collapsed"),
     ],
 )
 def test_model_that_does_not_learn_is_told_once_after_a_stated_time(told, row, words):
@@ -96,7 +96,7 @@ def test_too_many_skipped_in_a_row_stop_the_run(told):
 
 def test_few_used_prototypes_and_missing_room_are_told_once(told):
     config = small_config("pairs.tsv")
-    reporter = Reporter(config, told, told)
+    reporter = Reporter(config, 100, told, told)
     numbers = {"clusters/image_used": 1.0, "clusters/text_used": 6.0}
     for _ in range(2):
         reporter.prototypes(numbers, roomless=24)
