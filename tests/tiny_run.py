@@ -68,6 +68,19 @@ def metrics(workdir: Path) -> list[dict]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+def final_state(config, workdir: Path):
+    """Parameters and everything else as a run left them."""
+    import jax
+
+    from protoclip_jax.training import loop
+
+    trainer = loop.Trainer(config, workdir)
+    try:
+        return jax.device_get(trainer.state)
+    finally:
+        trainer.close()
+
+
 TIMED = ("seconds/", "share/", "speed/", "memory/")
 
 

@@ -8,6 +8,7 @@ batches, of which the last holds position 12 on the first process and nothing on
 
 import dataclasses
 import gc
+import signal
 import weakref
 from collections.abc import Iterator
 
@@ -121,5 +122,14 @@ def _dataset(reader: BatchReader, workers: int) -> grain.IterDataset:
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # grain's workers look at them, and this may be a library
     return batches_by_number.to_iter_dataset(grain.ReadOptions(0, 0)).mp_prefetch(
-        grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+        grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2), _deaf
     )
+
+
+def _deaf(index: int, count: int) -> None:
+    """In a worker: Ctrl-C and a scheduler's signal reach the whole group, and the run decides.
+
+    It may still need the batch that this worker makes, before it saves and leaves.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

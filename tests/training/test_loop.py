@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 from tiny_run import (
+    final_state,
     metrics,
     small_config,
     tiny_models,  # noqa: F401 (a fixture)
@@ -40,15 +41,6 @@ def three_phases(pairs, tmp_path, **overrides):
         "objective__external": 1,
     }
     return small_config(pairs, num_devices=8, **(settings | overrides))
-
-
-def final_state(config, workdir):
-    """Parameters and everything else as the run leaves them."""
-    trainer = loop.Trainer(config, workdir)
-    try:
-        return jax.device_get(trainer.state)
-    finally:
-        trainer.close()
 
 
 def assert_equal_trees(left, right):

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import psutil
 import pytest
 from tiny_run import (
     SMALL,
+    final_state,
     metrics,
     small_config,
     tiny_models,  # noqa: F401 (a fixture)
@@ -21,6 +23,7 @@ from tiny_run import (
     write_pairs,
 )
 
+import protoclip_jax
 from protoclip_jax.config import ConfigError
 from protoclip_jax.training import loop, requests
 from protoclip_jax.training.checkpoint import Checkpoints
@@ -47,14 +50,6 @@ def recipe(folder: Path, **overrides):
         "checkpoint__keep": 20,
     }
     return small_config(pairs, num_devices=8, **(settings | overrides))
-
-
-def final_state(config, workdir: Path):
-    trainer = loop.Trainer(config, workdir)
-    try:
-        return jax.device_get(trainer.state)
-    finally:
-        trainer.close()
 
 
 def assert_equal_runs(config, one: Path, two: Path):
@@ -174,6 +169,11 @@ def test_damaged_newest_checkpoint_costs_its_steps_only(tmp_path, capsys):
     loop.train(config, workdir)
     for item in ("opt_state", "params"):
         (workdir / "checkpoints" / "9" / item).rename(workdir / f"gone-{item}")
+    # Looking at the model changes nothing in the folder either.
+    names = sorted(path.name for path in (workdir / "checkpoints").iterdir())
+    protoclip_jax.load(workdir)
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == names
+    assert "checkpoints/9 cannot be read: passed over" in capsys.readouterr().err
     loop.train(config, workdir)
     told = capsys.readouterr().err
     assert "checkpoints/9 cannot be read: passed over" in told
@@ -221,6 +221,32 @@ def kill_command(folder: Path, workdir: Path) -> list[str]:
         f"--workdir={workdir / 'run'}",
         *(f"--config.{name}={value}" for name, value in options.items()),
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_to_the_whole_group_leaves_the_workers_their_work(tmp_path, number):
+    """As Ctrl-C in a terminal: the run saves, leaves with 75, and no process stays behind."""
+    recipe(tmp_path)  # writes the pairs
+    workdir, log = tmp_path / "run", tmp_path / "log"
+    command = [*kill_command(tmp_path, workdir), "--config.data.workers=2"]
+    with log.open("w") as file:
+        process = subprocess.Popen(command, stderr=file, cwd=ROOT, start_new_session=True)
+    try:
+        end = time.monotonic() + 200
+        while process.poll() is None and time.monotonic() < end:
+            if _newest(workdir / "run" / "checkpoints") > 1:
+                break
+            time.sleep(0.01)
+        workers = psutil.Process(process.pid).children(recursive=True)
+        os.killpg(process.pid, number)
+        assert process.wait(60) == 75, log.read_text()[-3000:]
+        assert not psutil.wait_procs(workers, timeout=20)[1]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert len(workers) >= 2
+    assert "Traceback" not in log.read_text()
 
 
 @pytest.mark.slow
