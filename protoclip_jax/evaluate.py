@@ -24,7 +24,9 @@ from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-# Imported late where it takes seconds: --help and a wrong option answer at once.
+from protoclip_jax.data.source_options import WHAT, add_source_options, chosen_source
+
+# The rest is imported late where it takes seconds: --help and a wrong option answer at once.
 
 EMOJI_TEXT = "emoji_text"
 Metrics = dict[str, float]
@@ -42,14 +44,10 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--source",
         default=EMOJI_TEXT,
-        help="emoji_text (default), one of its splits (emoji_text/val), or a pair list (.tsv)",
+        help=f"emoji_text (default), or {WHAT}",
     )
     what.add_argument("--folder", type=Path, help="test pictures, one sub-folder a class")
-    pairs = parser.add_argument_group("with --source=LIST")
-    pairs.add_argument("--image-column", default="filepath", help="default: filepath")
-    pairs.add_argument("--caption-column", default="title", help="default: title")
-    pairs.add_argument("--separator", default="\t", help="one character; default: a tab")
-    pairs.add_argument("--image-root", help="folder of relative paths; default: the list's own")
+    add_source_options(parser)
     folder = parser.add_argument_group("with --folder")
     folder.add_argument("--train-folder", type=Path, help="pictures to fit a linear probe on")
     folder.add_argument(
@@ -103,16 +101,9 @@ def measure(options: argparse.Namespace) -> tuple[str, Metrics, Metrics]:
         settings = suite.SuiteSettings(batch=options.batch)
         metrics = suite.evaluate(encoder, *sources, settings)
         return EMOJI_TEXT, metrics, suite.chance(*sources, settings)
-    from protoclip_jax.data.sources import open_source
     from protoclip_jax.evaluation.pairs import evaluate_pairs
 
-    source = open_source(
-        options.source,
-        image_column=options.image_column,
-        caption_column=options.caption_column,
-        separator=options.separator,
-        image_root=options.image_root,
-    )
+    source = chosen_source(options)
     metrics, chance = evaluate_pairs(_load(options.workdir), source, batch=options.batch)
     return options.source, metrics, chance
 

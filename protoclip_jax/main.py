@@ -27,10 +27,9 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from absl import app, flags, logging
 
-from protoclip_jax.config import Config, ConfigError
-from protoclip_jax.recipe import apply_override, load_recipe, resolve
+from protoclip_jax.config import ConfigError
+from protoclip_jax.recipe import OVERRIDE, configured
 
-_OVERRIDE = "--config."
 LEFT = 75  # EX_TEMPFAIL: what a scheduler may start again
 
 _CONFIG = flags.DEFINE_string("config", None, "A recipe, for example configs/quickstart.py.")
@@ -55,7 +54,7 @@ def run(argv: Sequence[str]) -> int:
     try:
         if _CONFIG.value is None:
             raise ConfigError("--config=RECIPE is missing: --config=configs/quickstart.py")
-        _config(overrides, num_devices=1)
+        configured(_CONFIG.value, overrides, num_devices=1)
         if _WORKDIR.value is None and not _DRY_RUN.value:
             raise ConfigError("--workdir=FOLDER is missing, for example --workdir=runs/quickstart")
         if _WORKDIR.value is not None and "://" in _WORKDIR.value:
@@ -73,7 +72,7 @@ def run(argv: Sequence[str]) -> int:
         )
         from protoclip_jax.training import dry_run, loop
 
-        config = _config(overrides, jax.device_count())
+        config = configured(_CONFIG.value, overrides, jax.device_count())
         if _DRY_RUN.value:
             print(dry_run.describe(config))
         else:
@@ -107,21 +106,10 @@ def _told(error: BaseException) -> int | None:
     return None
 
 
-def _config(overrides: Sequence[str], num_devices: int) -> Config:
-    """The recipe of --config with the overrides of the command line."""
-    recipe = load_recipe(_CONFIG.value)
-    for override in overrides:
-        path, equals, value = override.removeprefix(_OVERRIDE).partition("=")
-        if not equals:
-            raise ConfigError(f"{override}: write {override}=VALUE")
-        apply_override(recipe, path, value)
-    return resolve(recipe, num_devices)
-
-
 def parse(argv: Sequence[str]) -> list:
     """Parses flags; what starts with --config. is left for `run`, as one list at the end."""
-    overrides = [text for text in argv if text.startswith(_OVERRIDE)]
-    rest = [text for text in argv if not text.startswith(_OVERRIDE)]
+    overrides = [text for text in argv if text.startswith(OVERRIDE)]
+    rest = [text for text in argv if not text.startswith(OVERRIDE)]
     positional = app.parse_flags_with_usage(rest)
     return [*positional, overrides]
 

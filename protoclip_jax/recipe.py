@@ -10,7 +10,7 @@ import difflib
 import runpy
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ import ml_collections
 from ml_collections import config_dict
 
 from protoclip_jax.config import Config, ConfigError, check, flatten
+
+OVERRIDE = "--config."
 
 REFERENCE_FLAGS = {
     "data.keep": "none",
@@ -69,6 +71,21 @@ def load_recipe(path: str) -> ml_collections.ConfigDict:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"--config={file}: {type(error).__name__}: {reason}") from error
+
+
+def configured(file: str, overrides: Sequence[str], num_devices: int) -> Config:
+    """The recipe of a file with `--config.SECTION.NAME=VALUE` from a command line.
+
+    Raises:
+      ConfigError: it cannot be run.
+    """
+    recipe = load_recipe(file)
+    for override in overrides:
+        path, equals, value = override.removeprefix(OVERRIDE).partition("=")
+        if not equals:
+            raise ConfigError(f"{override}: write {override}=VALUE")
+        apply_override(recipe, path, value)
+    return resolve(recipe, num_devices)
 
 
 def apply_override(recipe: ml_collections.ConfigDict, path: str, text: str) -> None:

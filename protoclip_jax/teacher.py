@@ -16,7 +16,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-# Imported late where it takes seconds: --help and a wrong option answer at once.
+from protoclip_jax.data.source_options import WHAT, add_source_options, chosen_source
+
+# The rest is imported late where it takes seconds: --help and a wrong option answer at once.
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -26,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", help="emoji_text/train, a pair list (.tsv), ...: as data.train")
+    parser.add_argument("source", help=WHAT)
     parser.add_argument("--out", required=True, help="the .npy file to make")
     parser.add_argument(
         "--encoder",
@@ -40,12 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--pca", help="a fitted matrix (.pca.npz) to use instead of fitting one")
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32")
-    pairs = parser.add_argument_group("which pairs, as in the recipe's data section")
-    pairs.add_argument("--image-column", default="filepath", help="default: filepath")
-    pairs.add_argument("--caption-column", default="title", help="default: title")
-    pairs.add_argument("--separator", default="\t", help="one character; default: a tab")
-    pairs.add_argument("--limit", type=int, help="only a random subset of so many pairs")
-    pairs.add_argument("--seed", type=int, default=0, help="of that subset; default: 0")
+    add_source_options(parser)
     return parser
 
 
@@ -67,18 +64,10 @@ def make(options: argparse.Namespace) -> None:
     """Makes the features and says what was made."""
     from protoclip_jax.data.pca import load_pca
     from protoclip_jax.data.sentence_encoders import open_encoder
-    from protoclip_jax.data.sources import open_source
     from protoclip_jax.data.teacher import open_teacher
     from protoclip_jax.data.teacher_maker import TeacherSettings, make_teacher, pca_path
 
-    source = open_source(
-        options.source,
-        image_column=options.image_column,
-        caption_column=options.caption_column,
-        separator=options.separator,
-        limit=options.limit,
-        seed=options.seed,
-    )
+    source = chosen_source(options)
     given = load_pca(options.pca) if options.pca else None
     settings = TeacherSettings(options.encoder, options.dimensions, options.fit, options.dtype)
     pca = make_teacher(source, open_encoder(options.encoder), options.out, settings, pca=given)

@@ -14,6 +14,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from protoclip_jax.recipe import OVERRIDE
+
 # XLA's chatter would stand between the lines of the table; errors still show.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -24,7 +26,6 @@ BENCHMARKS = {
     "step": "one training step of a recipe, against open_clip in torch",
     "episode": "an episode of ProtoCLIP, offline and online, against one of CLIP",
 }
-_OVERRIDE = "--config."
 
 
 class _Parser(argparse.ArgumentParser):
@@ -52,7 +53,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The options; what starts with --config. lies in `overrides`."""
     parser = build_parser(arguments)
     options, rest = parser.parse_known_args(arguments)
-    options.overrides = [text for text in rest if text.startswith(_OVERRIDE)]
+    options.overrides = [text for text in rest if text.startswith(OVERRIDE)]
     takes_overrides = hasattr(options, "config")
     unknown = [text for text in rest if not (takes_overrides and text in options.overrides)]
     if unknown:

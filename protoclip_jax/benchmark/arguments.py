@@ -2,10 +2,8 @@
 
 import argparse
 
-from protoclip_jax.config import Config, ConfigError
-from protoclip_jax.recipe import apply_override, load_recipe, resolve
-
-_OVERRIDE = "--config."
+from protoclip_jax.config import Config
+from protoclip_jax.recipe import configured
 
 
 def above_zero(text: str) -> int:
@@ -34,10 +32,4 @@ def recipe(options: argparse.Namespace, num_devices: int) -> Config:
     Raises:
       ConfigError: it cannot be run.
     """
-    chosen = load_recipe(options.config)
-    for override in options.overrides:
-        path, equals, value = override.removeprefix(_OVERRIDE).partition("=")
-        if not equals:
-            raise ConfigError(f"{override}: write {override}=VALUE")
-        apply_override(chosen, path, value)
-    return resolve(chosen, num_devices)
+    return configured(options.config, options.overrides, num_devices)

@@ -117,6 +117,15 @@ def plain(image: Image.Image) -> Image.Image:
     return image if image.mode in ("RGB", "L", "CMYK") else image.convert("RGB")
 
 
+def shrunk(image: Image.Image, side: int) -> Image.Image:
+    """A picture with its shorter side at `side` pixels; a smaller one as it is."""
+    shorter = min(image.size)
+    if shorter <= side:
+        return image
+    width, height = (max(side, round(length * side / shorter)) for length in image.size)
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
 def _open(data: bytes, max_pixels: int) -> Image.Image:
     """The first frame, decoded in its own mode."""
     if not data:

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from protoclip_jax.data.decoding import shrunk
+
 FORMS = ("none", "pixels", "jpeg")
 
 _QUALITY = 95
@@ -18,8 +20,8 @@ class Keep:
     """In what form pictures are kept, and how many.
 
     Attributes:
-      form: "pixels" (uint8), "jpeg" (re-encoded: a tenth of the memory, and decoding it again costs
-        a third of the original), or "none": both passes read the source.
+      form: "pixels" (uint8), "jpeg" (re-encoded: less memory, and another decoding), or "none":
+        both passes read the source.
       side: shorter side of a kept picture; smaller ones stay as they are.
       budget: bytes; what finds no room is read twice.
     """
@@ -54,7 +56,7 @@ class KeptPairs:
         """A decoded picture as it is kept."""
         if self._keep.form == "none":
             return image
-        image = _shrunk(image, self._keep.side)
+        image = shrunk(image, self._keep.side)
         if self._keep.form == "pixels":
             return image
         file = io.BytesIO()
@@ -102,14 +104,6 @@ def opened(picture: Image.Image | bytes) -> Image.Image:
         picture = Image.open(io.BytesIO(picture))
         picture.load()
     return picture
-
-
-def _shrunk(image: Image.Image, side: int) -> Image.Image:
-    shorter = min(image.size)
-    if shorter <= side:
-        return image
-    width, height = (max(side, round(length * side / shorter)) for length in image.size)
-    return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def _size(pair: Pair) -> int:

@@ -16,11 +16,9 @@ from collections.abc import Callable, Sequence
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-# Imported late where it takes seconds: --help and a wrong option answer at once.
+from protoclip_jax.data.source_options import WHAT, add_source_options, chosen_source
 
-SOURCE = (
-    "a pair list (.tsv), a folder of .tar shards, tfds:NAME, emoji_text/train, ...: as data.train"
-)
+# The rest is imported late: --help and a wrong option answer at once.
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -94,7 +92,7 @@ def _add_convert(commands) -> None:
         "Writes any source as ArrayRecord shards, and checks every picture once.\n\n"
         "Killed and started again, it keeps finished shards and loses or repeats no row.",
     )
-    command.add_argument("source", help=SOURCE)
+    command.add_argument("source", help=WHAT)
     command.add_argument("--out", required=True, help="folder for the shards")
     command.add_argument(
         "--side",
@@ -106,7 +104,7 @@ def _add_convert(commands) -> None:
     command.add_argument("--quality", type=int, default=95, help="of the encoding; default: 95")
     command.add_argument("--shard-rows", type=int, default=20_000, help="rows a shard; 20000")
     _add_workers(command)
-    _add_source_options(command)
+    add_source_options(command)
 
 
 def _add_stats(commands) -> None:
@@ -116,29 +114,16 @@ def _add_stats(commands) -> None:
         _stats,
         "Reads a whole source and describes it: unreadable and repeated pairs, captions, sizes.",
     )
-    command.add_argument("source", help=SOURCE)
+    command.add_argument("source", help=WHAT)
     command.add_argument("--json", metavar="FILE", help="write the numbers there too")
     _add_workers(command)
-    _add_source_options(command)
+    add_source_options(command)
 
 
 def _add_workers(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--workers", type=int, default=os.cpu_count(), help="processes; default: all cores"
     )
-
-
-def _add_source_options(command: argparse.ArgumentParser) -> None:
-    group = command.add_argument_group("which pairs, as in the recipe's data section")
-    group.add_argument("--image-column", default="filepath", help="default: filepath")
-    group.add_argument("--caption-column", default="title", help="default: title")
-    group.add_argument("--separator", default="\t", help="one character; default: a tab")
-    group.add_argument("--image-root", help="folder of relative paths; default: the list's own")
-    group.add_argument("--split", default="train", help="of a TFDS set; default: train")
-    group.add_argument("--image-feature", default="image", help="of a TFDS set; default: image")
-    group.add_argument("--text-feature", default="caption", help="of a TFDS set; default: caption")
-    group.add_argument("--limit", type=int, help="only a random subset of so many pairs")
-    group.add_argument("--seed", type=int, default=0, help="of that subset; default: 0")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -156,20 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _source(options: argparse.Namespace):
-    from protoclip_jax.data.sources import open_source
-
-    source = open_source(
-        options.source,
-        image_column=options.image_column,
-        caption_column=options.caption_column,
-        separator=options.separator,
-        image_root=options.image_root,
-        split=options.split,
-        image_feature=options.image_feature,
-        text_feature=options.text_feature,
-        limit=options.limit,
-        seed=options.seed,
-    )
+    source = chosen_source(options)
     print(f"{len(source):,} pairs of {source.name}")
     for reason, dropped in getattr(source, "report", {}).items():
         print(f"  left out, {reason}: {dropped}")

@@ -4,7 +4,7 @@ import io
 
 from PIL import Image
 
-from protoclip_jax.data.decoding import BROKEN, FORMATS, UnreadableImage, load
+from protoclip_jax.data.decoding import BROKEN, FORMATS, UnreadableImage, load, shrunk
 
 _ORIENTATION = 0x0112  # EXIF tag
 
@@ -27,7 +27,7 @@ def stored(data: bytes, side: int, encoding: str, quality: int) -> bytes:
     if _fits(data, side, encoding):
         return data
     try:
-        image = _shrunk(image, side).convert("RGB")
+        image = (shrunk(image, side) if side else image).convert("RGB")
         file = io.BytesIO()
         image.save(file, encoding.upper(), quality=quality)
     except Exception as error:  # an encoder's limits: 65535 pixels a side for JPEG, 16383 for WebP
@@ -44,11 +44,3 @@ def _fits(data: bytes, side: int, encoding: str) -> bool:
             and not getattr(image, "is_animated", False)
             and image.getexif().get(_ORIENTATION, 1) == 1
         )
-
-
-def _shrunk(image: Image.Image, side: int) -> Image.Image:
-    shorter = min(image.size)
-    if not side or shorter <= side:
-        return image
-    width, height = (max(side, round(length * side / shorter)) for length in image.size)
-    return image.resize((width, height), Image.Resampling.BICUBIC)

@@ -1,6 +1,5 @@
 """One shard: the rows of a block of the source, written as ArrayRecord, with their outcomes."""
 
-import collections
 import dataclasses
 import hashlib
 from collections.abc import Callable
@@ -123,8 +122,3 @@ def _check(part: Path, written: int) -> None:
     reader.close()
     if found != written:
         raise OSError(f"{part} holds {found} records after writing {written}: is the disk full?")
-
-
-def reasons(unreadable: list[list]) -> collections.Counter[str]:
-    """Rows by reason."""
-    return collections.Counter(reason for _, reason, _ in unreadable)
