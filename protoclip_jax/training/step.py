@@ -65,75 +65,86 @@ def make_train_step(
     nothing moves but the count of steps, and `skipped` is 1.
     """
     rates = schedule.learning_rates(schedule_settings(config))
-    adamw = optimizer_settings(config)
-    prepare = image_preparation(config, "train")
-    online, parts = config.episode.online is not None, config.optimizer.accumulate
+    adamw, parts = optimizer_settings(config), config.optimizer.accumulate
 
     def train_step(state, batch, prototypes):
         params, step = state["params"], state["step"]
-        episode = step // config.steps_per_episode
-
-        def forward(params, rows):
-            return clip.apply(
-                graphdef,
-                _without_gradient(params, phase.trained),
-                state["batch_stats"],
-                prepare(rows["image"], episode, rows["position"]),
-                rows["tokens"],
-                train=True,
-                train_image=phase.train_image,
-                project=phase.project,
-            )
-
-        def loss(features, scales):
-            labels, metrics = batch.get("labels", {}), {}
-            if online and phase.prototypes:
-                offline, labels = labels, online_labels(features, batch.get("teacher"), prototypes)
-                metrics = agreement(labels, offline)
-            total, terms = total_loss(
-                features,
-                scales,
-                labels,
-                prototypes or {},
-                phase.weights,
-                temperature=config.objective.temperature,
-                back_translation=config.objective.back_translation,
-                mask_unused=config.objective.mask_unused,
-                compute_all=phase.compute_all,
-                mesh=mesh,
-            )
-            return total, metrics | terms
-
-        towers = gradients.rematerialised(forward) if config.model.rematerialise else forward
+        forward = _forward(graphdef, config, phase, state)
+        loss = _loss(config, phase, mesh, batch, prototypes)
         rows = {name: batch[name] for name in ("image", "tokens", "position")}
         if parts == 1:
-            grads, metrics, stats = gradients.at_once(towers, loss, params, rows, _logit_scales)
+            grads, metrics, stats = gradients.at_once(forward, loss, params, rows, _logit_scales)
         else:
             grads, metrics, stats = gradients.by_parts(
-                towers, loss, params, rows, _logit_scales, parts, mesh
+                forward, loss, params, rows, _logit_scales, parts, mesh
             )
         lrs = rates(step)
         params, opt_state, norms = optimizer.update(
             grads, state["opt_state"], params, lrs, adamw, phase.trained
         )
         finite = jnp.isfinite(metrics["loss/total"]) & jnp.isfinite(norms["grad_norm"])
-        params, opt_state, stats = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (params, opt_state, stats),
-            (state["params"], state["opt_state"], state["batch_stats"]),
-        )
+        moved = {"params": params, "batch_stats": stats, "opt_state": opt_state}
+        moved = {
+            name: jax.tree.map(lambda new, old: jnp.where(finite, new, old), tree, state[name])
+            for name, tree in moved.items()
+        }
         metrics |= norms | {"skipped": 1.0 - finite.astype(jnp.float32)}
         metrics |= {f"learning_rate/{tower}": rate for tower, rate in lrs.items()}
-        metrics |= {f"{name}_after": value for name, value in _logit_scales(params).items()}
-        new_state = {
-            "step": step + 1,
-            "params": params,
-            "batch_stats": stats,
-            "opt_state": opt_state,
-        }
-        return new_state, metrics
+        scales = _logit_scales(moved["params"])
+        metrics |= {f"{name}_after": value for name, value in scales.items()}
+        return moved | {"step": step + 1}, metrics
 
     return train_step
+
+
+def _forward(
+    graphdef: nnx.GraphDef, config: Config, phase: Phase, state: State
+) -> gradients.Forward:
+    """The towers on rows of a batch, augmentation included."""
+    prepare = image_preparation(config, "train")
+    episode = state["step"] // config.steps_per_episode
+
+    def forward(params, rows):
+        return clip.apply(
+            graphdef,
+            _without_gradient(params, phase.trained),
+            state["batch_stats"],
+            prepare(rows["image"], episode, rows["position"]),
+            rows["tokens"],
+            train=True,
+            train_image=phase.train_image,
+            project=phase.project,
+        )
+
+    return gradients.rematerialised(forward) if config.model.rematerialise else forward
+
+
+def _loss(
+    config: Config, phase: Phase, mesh: Mesh | None, batch: dict, prototypes: dict | None
+) -> gradients.Loss:
+    """The phase's objective on the features of the whole batch."""
+    online = config.episode.online is not None and phase.prototypes
+
+    def loss(features, scales):
+        labels, metrics = batch.get("labels", {}), {}
+        if online:
+            offline, labels = labels, online_labels(features, batch.get("teacher"), prototypes)
+            metrics = agreement(labels, offline)
+        total, terms = total_loss(
+            features,
+            scales,
+            labels,
+            prototypes or {},
+            phase.weights,
+            temperature=config.objective.temperature,
+            back_translation=config.objective.back_translation,
+            mask_unused=config.objective.mask_unused,
+            compute_all=phase.compute_all,
+            mesh=mesh,
+        )
+        return total, metrics | terms
+
+    return loss
 
 
 def image_preparation(config: Config, purpose: str) -> Callable[..., jax.Array]:
