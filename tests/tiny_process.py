@@ -10,9 +10,10 @@ import os
 import sys
 from pathlib import Path
 
-DEVICES, OUT = int(sys.argv[1]), Path(sys.argv[2])
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES}"
-os.environ["JAX_PLATFORMS"] = "cpu"
+if __name__ == "__main__":  # not in the workers that this process starts: they see other arguments
+    DEVICES, OUT = int(sys.argv[1]), Path(sys.argv[2])
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES}"
+    os.environ["JAX_PLATFORMS"] = "cpu"
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 

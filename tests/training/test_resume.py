@@ -238,6 +238,7 @@ def test_signal_to_the_whole_group_leaves_the_workers_their_work(tmp_path, numbe
             if _newest(workdir / "run" / "checkpoints") > 1:
                 break
             time.sleep(0.01)
+        assert process.poll() is None, log.read_text()[-3000:]
         workers = psutil.Process(process.pid).children(recursive=True)
         os.killpg(process.pid, number)
         assert process.wait(60) == 75, log.read_text()[-3000:]
