@@ -60,13 +60,14 @@ def kmeans(
       seeding: "d2": rounds of D2 sampling; one run of it is enough. "random": a random
         permutation of the points, as the reference does (with redos=3).
       empty: "split": a cluster without members becomes a copy of one of the largest, pushed apart
-        by 1/1024 (1/128 in bfloat16; never after the last update). "keep": it stays where it was.
+        by 1/1024 (never after the last update). "keep": it stays where it was.
       spherical: centroids are scaled to length 1 after each update.
       initial: start centroids, instead of seeding.
       weights: weight of each point, 0 or above; 0 leaves the point out of means and counts.
-      precision: "float32"; "bfloat16" (products of rounded points and centroids while iterating;
-        the final assignment, the objective and the choice among redos are float32 all the same);
-        "auto": bfloat16 where the hardware multiplies it faster (`fast_bfloat16`).
+      precision: how fast, not how well: the result is the same bit for bit. "float32";
+        "bfloat16": products of rounded points and centroids, and float32 ones for the points whose
+        nearest centroid the rounding could change; "auto": bfloat16 where the hardware multiplies
+        it faster (`fast_bfloat16`).
       mesh: devices to share the assignment; None: one device.
       active: skip comparisons whose outcome is known, with the same result; None: where it pays.
 
@@ -135,10 +136,11 @@ def assign(
 def _assign(points_nd: Array, centroids_kd: Array, used_k: Array, plan: assignment.Plan) -> Array:
     origin = origin_of_centroids(centroids_kd)
     points_nd, _ = shifted(points_nd, origin)
-    moved = jnp.ones(centroids_kd.shape[0], bool)
     before = assignment.unknown(points_nd.shape[0])
     centroids_kd = centroids_kd - origin
-    return assignment.assign_pass(points_nd, centroids_kd, before, moved, plan, used_k).labels
+    return assignment.assign_pass(
+        points_nd, centroids_kd, before, centroids_kd, plan, used_k
+    ).labels
 
 
 @functools.cache

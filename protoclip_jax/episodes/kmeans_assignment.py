@@ -1,11 +1,13 @@
 """Nearest centroids in tiles: packed or exact arg-max, and only where something can have changed.
 
 The score of point x for centroid c is x.c - |c|^2 / 2; the largest score is the nearest centroid.
-Scores exist one (rows, columns) tile at a time. All tiles of a run have one shape, so a point's
-scores have the same bits wherever it lies: in one array or in chunks, on one device or on many.
+Scores exist one (rows, columns) tile at a time. All float32 tiles of a run have one shape, so a
+point's scores have the same bits wherever it lies: in one array or in chunks, on one device or on
+many. bfloat16 never decides alone: it screens, and every label is the one float32 gives.
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -13,10 +15,17 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from protoclip_jax.episodes.kmeans_picking import (
+    PACKED_GROUP,
+    pick_exact,
+    pick_packed,
+)
+
 # Added to the scores of columns that must never win. Finite: packed scores may not be NaN.
 FAR = -3.0e38
 _GROUP = 64
-_PACKED_GROUP = 256
+# Packed, smaller scores could be denormal numbers, which some hardware takes for 0.
+_TINY = 1e-30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +36,10 @@ class Plan:
       platform: "cpu", "gpu" or "tpu".
       rows: points in a tile.
       columns: centroids in a tile.
+      moved_columns: moved centroids in a tile. In float32 as many as in any tile, for the bits;
+        a screening may take narrow tiles, of which few moved centroids fill more.
       group: columns whose maximum is taken first.
-      low_precision: bfloat16 products with float32 sums, and packed picking.
+      low_precision: bfloat16 products first, float32 ones where those leave a doubt.
       active: skip comparisons whose outcome is known.
       axes: mesh axes over which tiles are shared out, inside `shard_map`; () for one device.
       devices: product of their sizes.
@@ -37,6 +48,7 @@ class Plan:
     platform: str
     rows: int
     columns: int
+    moved_columns: int
     group: int
     low_precision: bool
     active: bool
@@ -72,18 +84,22 @@ def plan(
     """Tile shapes for k centroids: a score tile stays near the caches on a CPU, large on a GPU."""
     if platform == "cpu":
         # Narrow tiles waste less of a pass over few moved centroids, wide ones cost less a column.
-        rows, widest = 1024, 256 if k <= 4096 else 512
+        rows, widest, moved = 1024, 256 if k <= 4096 else 512, 128
     else:
-        rows, widest = 16384, 4096
-    group = _PACKED_GROUP if low_precision else _GROUP
+        rows, widest, moved = 16384, 4096, 4096
+    group = PACKED_GROUP if low_precision else _GROUP
     if k <= group:
         group = -(-k // 8) * 8
     columns = min(-(-k // group) * group, widest)
-    return Plan(platform, rows, columns, group, low_precision, active, axes, devices)
+    moved = min(columns, moved) if low_precision else columns
+    return Plan(platform, rows, columns, moved, group, low_precision, active, axes, devices)
 
 
 class Assignment(NamedTuple):
-    """Nearest centroid of each point and its score; a score of +inf means not known yet."""
+    """Nearest centroid of each point and its score.
+
+    Where bfloat16 decided, the score is a bound below it. +inf: nothing is known yet.
+    """
 
     labels: Int[Array, "n"]
     scores: Float[Array, "n"]
@@ -94,51 +110,145 @@ def unknown(num_points: int) -> Assignment:
     return Assignment(jnp.zeros(num_points, jnp.int32), jnp.full(num_points, jnp.inf))
 
 
-class _Columns(NamedTuple):
-    """Tiles of centroids: all of them in order, then those that moved, in order."""
+class _Best(NamedTuple):
+    """The best so far. `seconds`, the largest other score, is kept up in a screening only."""
 
-    centroids: Array  # (2 j, columns, d)
-    bias: Array  # (2 j, columns)
-    labels: Array  # (2 j, columns)
-    all_tiles: int
-    moved_tiles: Array
+    labels: Array
+    scores: Array
+    seconds: Array
+
+
+class _Columns(NamedTuple):
+    """Tiles of centroids in order, of which the first `used` hold any."""
+
+    centroids: Array  # (j, columns, d)
+    bias: Array  # (j, columns)
+    labels: Array  # (j, columns)
+    used: Array | int
 
 
 def assign_pass(
     points_nd: Float[Array, "n d"],
     centroids_kd: Float[Array, "k d"],
     before: Assignment,
-    moved_k: Bool[Array, "k"],
+    known_kd: Float[Array, "k d"],
     plan: Plan,
     used_k: Bool[Array, "k"] | None = None,
 ) -> Assignment:
-    """Nearest centroid of every point, ties to the lowest index.
+    """Nearest centroid of every point in float32, ties to the lowest index.
 
-    Only comparisons that can matter are made, with the same result bit for bit as making all of
+    Only comparisons that can matter are made, with the same labels bit for bit as making all of
     them. A centroid that has not moved gives a point the score it gave before, which was at most
     the point's best. So a point whose own centroid stayed, or moved without losing score, is
     compared with the moved centroids only; every other point with all.
 
+    In low precision, bfloat16 products decide wherever their error cannot change the outcome;
+    the points that remain are compared in float32.
+
     Args:
       points_nd: finite points, float32.
       centroids_kd: finite centroids, float32.
-      before: the previous assignment, made with the same plan.
-      moved_k: centroids that differ from those of `before`.
+      before: an earlier assignment, made with the same plan and points.
+      known_kd: the centroids of `before`.
       plan: tile shapes and format.
       used_k: centroids that may be chosen (default all).
     """
+    moved_k = jnp.any(centroids_kd != known_kd, axis=1)
+    own_moved = moved_k[before.labels]
+    contested = own_moved & ~_gained(points_nd, centroids_kd, before.labels, known_kd)
+    contested |= (before.scores == jnp.inf) | (not plan.active)
+    bias_k = -0.5 * jnp.sum(centroids_kd * centroids_kd, axis=1)
+    if used_k is not None:
+        bias_k = jnp.where(used_k, bias_k, FAR)
+    everything = _all_columns(centroids_kd, bias_k, plan)
+    moved = _moved_columns(centroids_kd, bias_k, moved_k, plan)
+    if not plan.low_precision:
+        start = Assignment(before.labels, jnp.where(own_moved, -jnp.inf, before.scores))
+        best = _search(points_nd, contested, everything, plan, moved, start)
+        return Assignment(best.labels, best.scores)
+
+    kept = ~contested & ~own_moved
+    error = _screening_error(points_nd, centroids_kd)
+    start = Assignment(before.labels, jnp.where(kept, before.scores + error, -jnp.inf))
+    best = _search(points_nd, contested, everything, plan, moved, start)
+    # The score of a kept label is known from below only, so it can win but not lose for sure.
+    lost = kept & (best.labels != before.labels)
+    sure = (best.scores - best.seconds > 2 * error) & ~lost & (jnp.abs(best.scores) > _TINY)
+    scores = jnp.where(kept, before.scores, best.scores - error)
+
+    exact = plan.resized(centroids_kd.shape[0], low_precision=False, active=False)
+    rest = _search(points_nd, ~sure, _all_columns(centroids_kd, bias_k, exact), exact)
+    return Assignment(
+        jnp.where(sure, best.labels, rest.labels), jnp.where(sure, scores, rest.scores)
+    )
+
+
+def _gained(points_nd: Array, centroids_kd: Array, labels_n: Array, known_kd: Array) -> Array:
+    """Points whose score for the label's centroid certainly did not drop when that moved."""
+    change_kd = centroids_kd - known_kd
+    offset_k = 0.5 * jnp.sum(change_kd * (centroids_kd + known_kd), axis=1)
+    gain = jnp.sum(points_nd * change_kd[labels_n], axis=1) - offset_k[labels_n]
+    squares = (jnp.sum(part * part, axis=1) for part in (centroids_kd, known_kd))
+    own_square = jnp.maximum(*squares)[labels_n]
+    length = jnp.sqrt(jnp.sum(points_nd * points_nd, axis=1) * own_square) + own_square
+    # Each of the two scores, as the tiles round them, is off by at most d ulp of `length`; this
+    # sum is off by less than four times that.
+    return gain >= length * (8 * points_nd.shape[1] * 2.0**-24)
+
+
+def _screening_error(points_nd: Array, centroids_kd: Array) -> Array:
+    """How far a point's bfloat16 scores can be from those in float32.
+
+    With roundings x + r and c + q the product is off by (x + r).q + r.c; Cauchy-Schwarz bounds
+    both terms by lengths that are known, which is far closer than the worst rounding.
+    """
+    rounded_nd, rounded_kd = (
+        part.astype(jnp.bfloat16).astype(jnp.float32) for part in (points_nd, centroids_kd)
+    )
+    length_n = _lengths(rounded_nd)
+    longest, longest_q = (
+        jnp.max(_lengths(centroids_kd)),
+        jnp.max(_lengths(rounded_kd - centroids_kd)),
+    )
+    error_n = length_n * longest_q + _lengths(rounded_nd - points_nd) * longest
+    # Sums of d terms in either format, and 16 bits left of a packed score.
+    slack = 8 * points_nd.shape[1] * 2.0**-24 + 2.0**-15
+    return error_n * (1 + slack) + slack * longest * (length_n + longest)
+
+
+def _lengths(rows_nd: Array) -> Array:
+    return jnp.sqrt(jnp.sum(rows_nd * rows_nd, axis=1))
+
+
+def _search(
+    points_nd: Array,
+    full_n: Array,
+    everything: _Columns,
+    plan: Plan,
+    moved: _Columns | None = None,
+    start: Assignment | None = None,
+) -> _Best:
+    """Compares the points of `full_n` with everything, and the others with what moved.
+
+    Args:
+      points_nd: points.
+      full_n: points whose search starts afresh.
+      everything: all centroids.
+      plan: tile shapes and format.
+      moved: centroids for the others; None leaves those points out.
+      start: what the search of the others starts from.
+    """
     num_points = points_nd.shape[0]
     points_nd = points_nd.astype(plan.dtype)
-    columns = _columns(centroids_kd.astype(plan.dtype), moved_k, used_k, plan)
-    contested_n, start = _contested(points_nd, centroids_kd, before, moved_k, plan)
-    # A stable partition: contested points fill the first tiles. In a tile that holds both kinds
-    # all are compared with every centroid, which changes nothing for those that need not be.
-    total = jnp.sum(contested_n)
-    rank = jnp.cumsum(contested_n)
-    position = jnp.where(contested_n, rank - 1, total + jnp.arange(num_points) - rank)
+    # A stable partition: the points of full_n fill the first tiles. In a tile that holds both
+    # kinds all are compared with every centroid, which changes nothing for those that need not be.
+    total = jnp.sum(full_n)
+    rank = jnp.cumsum(full_n)
+    position = jnp.where(full_n, rank - 1, total + jnp.arange(num_points) - rank)
     tiles = -(-num_points // (plan.rows * plan.devices)) * plan.devices
     order = jnp.zeros(tiles * plan.rows, jnp.int32).at[position].set(jnp.arange(num_points))
     full_tiles = -(-total // plan.rows)
+    nothing = jnp.full(plan.rows, -jnp.inf)
 
     device = lax.axis_index(plan.axes) if plan.axes else 0
 
@@ -146,24 +256,30 @@ def assign_pass(
         tile = local * plan.devices + device
         rows = lax.dynamic_slice(order, (tile * plan.rows,), (plan.rows,))
         full = tile < full_tiles
-        best = Assignment(start.labels[rows], jnp.where(full, -jnp.inf, start.scores[rows]))
-        first = jnp.where(full, 0, columns.all_tiles)
-        last = columns.all_tiles + jnp.where(full, 0, columns.moved_tiles)
         points_td = points_nd[rows]
-        best = lax.fori_loop(
-            first, last, lambda j, best: _compare(points_td, columns, j, best, plan), best
-        )
-        return Assignment(
-            lax.dynamic_update_slice(results.labels, best.labels[None], (local, 0)),
-            lax.dynamic_update_slice(results.scores, best.scores[None], (local, 0)),
+
+        def compared(columns, count, best):
+            step = functools.partial(_compare, points_td, columns, plan)
+            return lax.fori_loop(0, count, step, best)
+
+        best = _Best(jnp.zeros(plan.rows, jnp.int32), nothing, nothing)
+        if moved is not None:
+            scores = jnp.where(full, -jnp.inf, start.scores[rows])
+            best = best._replace(labels=start.labels[rows], scores=scores)
+            best = compared(moved, jnp.where(full, 0, moved.used), best)
+        best = compared(everything, jnp.where(full, everything.used, 0), best)
+        return jax.tree.map(
+            lambda all_lt, part_t: lax.dynamic_update_slice(all_lt, part_t[None], (local, 0)),
+            results,
+            best,
         )
 
-    occupied = -(-num_points // plan.rows)
+    occupied = full_tiles if moved is None else -(-num_points // plan.rows)
     mine = (occupied - device + plan.devices - 1) // plan.devices
     shape = (tiles // plan.devices, plan.rows)
-    results = Assignment(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))
+    results = _Best(jnp.zeros(shape, jnp.int32), jnp.zeros(shape), jnp.zeros(shape))
     results = lax.fori_loop(0, mine, visit, results)
-    return Assignment(*(_in_order(part, plan)[position] for part in results))
+    return _Best(*(_in_order(part, plan)[position] for part in results))
 
 
 def _in_order(part_lt: Array, plan: Plan) -> Array:
@@ -174,55 +290,40 @@ def _in_order(part_lt: Array, plan: Plan) -> Array:
     return part_lt.reshape(-1)
 
 
-def _columns(centroids_kd: Array, moved_k: Array, used_k: Array | None, plan: Plan) -> _Columns:
+def _all_columns(centroids_kd: Array, bias_k: Array, plan: Plan) -> _Columns:
     k = centroids_kd.shape[0]
-    tiles = -(-k // plan.columns)
-    extra = tiles * plan.columns - k
-    wide = centroids_kd.astype(jnp.float32)
-    # Of the rounded centroid, so that only (x - c) and not x meets its rounding error.
-    bias_k = -0.5 * jnp.sum(wide * wide, axis=1)
-    if used_k is not None:
-        bias_k = jnp.where(used_k, bias_k, FAR)
+    return _tiled(centroids_kd, bias_k, jnp.arange(k, dtype=jnp.int32), plan.columns, plan, None)
+
+
+def _moved_columns(centroids_kd: Array, bias_k: Array, moved_k: Array, plan: Plan) -> _Columns:
+    """The centroids that moved, in order."""
+    k = centroids_kd.shape[0]
     count = jnp.sum(moved_k)
     rank = jnp.cumsum(moved_k)
     position = jnp.where(moved_k, rank - 1, count + jnp.arange(k) - rank)
     order = jnp.zeros(k, jnp.int32).at[position].set(jnp.arange(k))
-    moved_bias_k = jnp.where(jnp.arange(k) < count, bias_k[order], FAR)
+    bias_k = jnp.where(jnp.arange(k) < count, bias_k[order], FAR)
+    return _tiled(centroids_kd[order], bias_k, order, plan.moved_columns, plan, count)
 
-    def tiled(natural, moved, fill):
-        pad = ((0, extra),) + ((0, 0),) * (natural.ndim - 1)
-        both = [jnp.pad(part, pad, constant_values=fill) for part in (natural, moved)]
-        return jnp.stack(both).reshape(2 * tiles, plan.columns, *natural.shape[1:])
+
+def _tiled(centroids_kd, bias_k, labels_k, width: int, plan: Plan, count) -> _Columns:
+    k = centroids_kd.shape[0]
+    tiles = -(-k // width)
+
+    def tiled(part, fill):
+        pad = ((0, tiles * width - k),) + ((0, 0),) * (part.ndim - 1)
+        part = jnp.pad(part, pad, constant_values=fill)
+        return part.reshape(tiles, width, *part.shape[1:])
 
     return _Columns(
-        centroids=tiled(centroids_kd, centroids_kd[order], 0),
-        bias=tiled(bias_k, moved_bias_k, FAR),
-        labels=tiled(jnp.arange(k, dtype=jnp.int32), order, k),
-        all_tiles=tiles,
-        moved_tiles=-(-count // plan.columns),
+        centroids=tiled(centroids_kd.astype(plan.dtype), 0),
+        bias=tiled(bias_k, FAR),
+        labels=tiled(labels_k, k),
+        used=tiles if count is None else -(-count // width),
     )
 
 
-def _contested(
-    points_nd: Array, centroids_kd: Array, before: Assignment, moved_k: Array, plan: Plan
-) -> tuple[Array, Assignment]:
-    """Points that must be compared with every centroid, and where the others start from."""
-    own_moved = moved_k[before.labels]
-    start = Assignment(before.labels, jnp.where(own_moved, -jnp.inf, before.scores))
-    if not plan.active:
-        return jnp.ones_like(own_moved), start
-    own_nd = centroids_kd.astype(plan.dtype)[before.labels].astype(jnp.float32)
-    wide_nd = points_nd.astype(jnp.float32)
-    own_square = jnp.sum(own_nd * own_nd, axis=1)
-    score = jnp.sum(wide_nd * own_nd, axis=1) - 0.5 * own_square
-    # This sum is not rounded as the matrix product is. Twice the worst rounding error of both
-    # (d ulp of |x| |c| each) makes the test safe: it never passes when the product would not.
-    length = jnp.sqrt(jnp.sum(wide_nd * wide_nd, axis=1) * own_square) + own_square
-    slack = length * (4 * points_nd.shape[1] * 2.0**-24)
-    return own_moved & ~(score - slack >= before.scores), start
-
-
-def _compare(points_td: Array, columns: _Columns, j: Array, best: Assignment, plan: Plan):
+def _compare(points_td: Array, columns: _Columns, plan: Plan, j: Array, best: _Best) -> _Best:
     products = lax.dot_general(
         points_td,
         columns.centroids[j],
@@ -231,50 +332,18 @@ def _compare(points_td: Array, columns: _Columns, j: Array, best: Assignment, pl
         preferred_element_type=jnp.float32,
     )
     scores_tc = products + columns.bias[j]
-    pick = _pick_packed if plan.low_precision else _pick_exact
-    score, column = pick(scores_tc, plan.group)
+    seconds = best.seconds
+    if plan.low_precision:
+        score, column, second = pick_packed(scores_tc, min(plan.group, scores_tc.shape[1]))
+        loser = jnp.minimum(score, best.scores)
+        seconds = jnp.maximum(jnp.maximum(seconds, second), loser)
+    else:
+        score, column = pick_exact(scores_tc, plan.group)
     label = columns.labels[j][column]
     better = (score > best.scores) | ((score == best.scores) & (label < best.labels))
-    return Assignment(jnp.where(better, label, best.labels), jnp.where(better, score, best.scores))
-
-
-def _pick_exact(scores_tc: Array, group: int) -> tuple[Array, Array]:
-    """Maximum and its lowest column, in two levels: `argmax` over all columns is far slower."""
-    tops = jnp.max(scores_tc.reshape(scores_tc.shape[0], -1, group), axis=2)
-    score = jnp.max(tops, axis=1)
-    start = _first_equal(tops, score) * group
-    inside = jax.vmap(lambda row, at: lax.dynamic_slice(row, (at,), (group,)))(scores_tc, start)
-    return score, start + _first_equal(inside, score)
-
-
-def _first_equal(values_tc: Array, value_t: Array) -> Array:
-    """Lowest column equal to the row's value (the last one if none is, as with NaN)."""
-    last = values_tc.shape[1] - 1
-    columns = jnp.arange(values_tc.shape[1], dtype=jnp.int32)
-    return jnp.min(jnp.where(values_tc == value_t[:, None], columns, last), axis=1)
-
-
-def _pick_packed(scores_tc: Array, group: int) -> tuple[Array, Array]:
-    """Maximum to 16 significant bits and its lowest column: one plain maximum finds both.
-
-    The column's number within its group takes the place of the low mantissa bits. It counts
-    down for positive and up for negative scores, whose bits order the other way round.
-    """
-    mask = _PACKED_GROUP - 1
-    bits = lax.bitcast_convert_type(scores_tc, jnp.int32)
-    inside = jnp.arange(scores_tc.shape[1], dtype=jnp.int32) % group
-    bits = (bits & ~mask) | jnp.where(bits < 0, inside, mask - inside)
-    packed = lax.bitcast_convert_type(bits, jnp.float32)
-    tops = lax.bitcast_convert_type(
-        jnp.max(packed.reshape(packed.shape[0], -1, group), axis=2), jnp.int32
+    return _Best(
+        jnp.where(better, label, best.labels), jnp.where(better, score, best.scores), seconds
     )
-    # Without the column bits, so that between groups, too, equal scores go to the lowest.
-    scores = lax.bitcast_convert_type(tops & ~mask, jnp.float32)
-    score = jnp.max(scores, axis=1)
-    which = _first_equal(scores, score)
-    top = jnp.take_along_axis(tops, which[:, None], axis=1)[:, 0]
-    column = jnp.where(top < 0, top & mask, mask - (top & mask))
-    return score, which * group + column
 
 
 def nearest_squared_distances(

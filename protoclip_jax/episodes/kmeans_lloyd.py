@@ -23,10 +23,8 @@ from protoclip_jax.episodes.segments import segment_counts
 _LARGEST_SQUARE = 1e36
 # Points whose mean is nearer to the origin than this many standard deviations are not shifted.
 _NEAR = 4.0
-# How far the halves of a split cluster are pushed apart: as faiss does it, and where bfloat16 has
-# to tell them apart (its neighbours differ by up to 1/128).
+# How far the halves of a split cluster are pushed apart, as faiss does it.
 _NUDGE = 1 / 1024
-_COARSE_NUDGE = 1 / 128
 
 
 class Clusters(NamedTuple):
@@ -67,7 +65,7 @@ class Settings:
 
 class _State(NamedTuple):
     centroids: Array
-    moved: Array
+    known: Array  # the centroids of `assigned`
     assigned: Assignment
     iteration: Array
 
@@ -89,9 +87,10 @@ def best_of_redos(
 
     def redo(index):
         key_of_one = jax.random.fold_in(key, index)
+        start = _start(centred_nd, initial_kd, origin, weights, key_of_one, settings)
         state = _State(
-            centroids=_start(centred_nd, initial_kd, origin, weights, key_of_one, settings),
-            moved=jnp.ones(settings.k, bool),
+            centroids=start,
+            known=start,
             assigned=unknown(points_nd.shape[0]),
             iteration=jnp.int32(0),
         )
@@ -123,7 +122,7 @@ def _iterate(
     plan = settings.plan
 
     def step(state: _State) -> _State:
-        assigned = assign_pass(centred_nd, state.centroids, state.assigned, state.moved, plan)
+        assigned = assign_pass(centred_nd, state.centroids, state.assigned, state.known, plan)
         centroids, counts = member_means(
             centred_nd,
             None if equal_weights else weights_n,
@@ -133,15 +132,14 @@ def _iterate(
         )
         if settings.empty == "split":
             last = state.iteration + 1 >= iterations
-            nudge = _COARSE_NUDGE if plan.low_precision else _NUDGE
-            centroids = split_largest(centroids, counts, nudge, ~last)
+            centroids = split_largest(centroids, counts, _NUDGE, ~last)
         if settings.spherical:
             centroids = normalised(centroids, state.centroids)
-        moved = jnp.any(centroids != state.centroids, axis=1)
-        return _State(centroids, moved, assigned, state.iteration + 1)
+        return _State(centroids, state.centroids, assigned, state.iteration + 1)
 
     def unfinished(state: _State):
-        return (state.iteration < iterations) & jnp.any(state.moved)
+        moved = jnp.any(state.centroids != state.known)
+        return (state.iteration < iterations) & (moved | (state.iteration == 0))
 
     return lax.while_loop(unfinished, step, state)
 
@@ -152,16 +150,11 @@ def _finish(points_nd, finite, weights_n, origin, state: _State, settings: Setti
     centroids = state.centroids + origin
     middle = origin_of_centroids(centroids)
     centred_nd, _ = shifted(points_nd, middle)
-    before, moved = unknown(points_nd.shape[0]), jnp.ones(k, bool)
-    if plan.low_precision:
-        plan = plan.resized(k, low_precision=False, active=False)
-    else:
-        # What the loop knows holds here too if neither shifts the points.
-        same = jnp.all(middle == 0) & jnp.all(origin == 0)
-        scores = jnp.where(same, state.assigned.scores, jnp.inf)
-        before, moved = Assignment(state.assigned.labels, scores), state.moved | ~same
+    # What the loop knows holds here too if neither shifts the points.
+    same = jnp.all(middle == 0) & jnp.all(origin == 0)
+    before = state.assigned._replace(scores=jnp.where(same, state.assigned.scores, jnp.inf))
     shifted_kd = centroids - middle
-    labels = assign_pass(centred_nd, shifted_kd, before, moved, plan).labels
+    labels = assign_pass(centred_nd, shifted_kd, before, state.known, plan).labels
     counts = segment_counts(jnp.where(weights_n > 0, labels, k), k)
     # As assign_pass scores a point at the middle.
     scores = jnp.where(counts > 0, -0.5 * jnp.sum(shifted_kd * shifted_kd, axis=1), -jnp.inf)
@@ -187,7 +180,7 @@ def shifted(
 
 def origin_of_centroids(centroids_kd: Float[Array, "k d"]) -> Float[Array, "d"]:
     """What `assign` subtracts from points before scoring: a function of the centroids only."""
-    return _near_zero_or_mean(centroids_kd, jnp.ones(centroids_kd.shape[0]), always=False)
+    return _zero_or_mean(centroids_kd, jnp.ones(centroids_kd.shape[0]))
 
 
 def _loop_origin(points_nd, weights_n, settings: Settings) -> Array:
@@ -195,19 +188,17 @@ def _loop_origin(points_nd, weights_n, settings: Settings) -> Array:
     if settings.spherical:
         return jnp.zeros(points_nd.shape[1])
     clean_nd, _ = shifted(points_nd, jnp.zeros(points_nd.shape[1]))
-    return _near_zero_or_mean(clean_nd, weights_n, always=settings.plan.low_precision)
+    return _zero_or_mean(clean_nd, weights_n)
 
 
-def _near_zero_or_mean(points_nd: Array, weights_n: Array, *, always: bool) -> Array:
+def _zero_or_mean(points_nd: Array, weights_n: Array) -> Array:
     """The weighted mean, but 0 when it is near.
 
     Far from the origin x.c - |c|^2 / 2 cancels; near it points are best left as they are, since
-    the centroids then need no second rounding. bfloat16 gains from any shift.
+    the centroids then need no second rounding.
     """
     share = weights_n / jnp.maximum(jnp.sum(weights_n), 1e-30)
     mean = jnp.sum(points_nd * share[:, None], axis=0)
-    if always:
-        return mean
     difference = points_nd - mean
     spread = jnp.sum(jnp.sum(difference * difference, axis=1) * share)
     return jnp.where(jnp.sum(mean * mean) <= _NEAR**2 * spread, 0.0, mean)

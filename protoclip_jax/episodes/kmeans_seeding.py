@@ -61,8 +61,7 @@ def d2_rows(
         if size == 1:
             labels = jnp.zeros(num_points, jnp.int32)
         else:
-            moved = jnp.ones(size, bool)
-            labels = assign_pass(points_nd, centres, unknown(num_points), moved, plan).labels
+            labels = assign_pass(points_nd, centres, unknown(num_points), centres, plan).labels
         distance = nearest_squared_distances(points_nd, centres, labels)
         nearest_n = jnp.where(index == 0, distance, jnp.minimum(nearest_n, distance))
         return lax.dynamic_update_slice(chosen, centres, (index * size, 0)), nearest_n

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from protoclip_jax.episodes import kmeans_assignment as module
+from protoclip_jax.episodes import kmeans_picking as picking
 from protoclip_jax.episodes.kmeans import assign, kmeans
 
 
@@ -53,7 +54,7 @@ def test_ties_go_to_the_lowest_index():
             jnp.asarray(POINTS),
             jnp.asarray(centroids),
             module.unknown(len(POINTS)),
-            jnp.ones(600, bool),
+            jnp.asarray(centroids),
             plan(600, low_precision=low_precision),
         )
         first = np.array([np.flatnonzero((centroids == c).all(1))[0] for c in centroids])
@@ -61,34 +62,71 @@ def test_ties_go_to_the_lowest_index():
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-@pytest.mark.parametrize("pick", ["_pick_exact", "_pick_packed"])
+@pytest.mark.parametrize("pick", ["pick_exact", "pick_packed"])
 def test_picking_finds_the_maximum(pick, sign):
-    group = 64 if pick == "_pick_exact" else 256
+    group = 64 if pick == "pick_exact" else 256
     scores = sign * np.random.default_rng(1).uniform(0.5, 1.5, (200, 512)).astype(np.float32)
     scores[:, 500] = module.FAR
-    score, column = getattr(module, pick)(jnp.asarray(scores), group)
+    score, column, *second = getattr(picking, pick)(jnp.asarray(scores), group)
     best = scores.max(1)
     chosen = scores[np.arange(200), np.asarray(column)]
-    if pick == "_pick_exact":
+    if pick == "pick_exact":
         np.testing.assert_array_equal(score, best)
         np.testing.assert_array_equal(column, scores.argmax(1))
     else:
         # 16 significant bits are kept.
         np.testing.assert_allclose(chosen, best, rtol=2.0**-15)
         np.testing.assert_allclose(score, best, rtol=2.0**-15)
+        np.testing.assert_allclose(second[0], np.sort(scores, 1)[:, -2], rtol=2.0**-15)
 
 
-def test_packed_agrees_with_exact_on_nearly_all_points():
-    arguments = (
-        jnp.asarray(POINTS),
-        jnp.asarray(CENTROIDS),
-        module.unknown(len(POINTS)),
-        jnp.ones(600, bool),
-    )
-    exact = module.assign_pass(*arguments, plan(600))
-    packed = module.assign_pass(*arguments, plan(600, low_precision=True))
-    assert np.mean(np.asarray(exact.labels) == np.asarray(packed.labels)) >= 0.995
-    np.testing.assert_allclose(packed.scores, exact.scores, rtol=0, atol=2e-2)
+def hard_cases():
+    """Points and centroids where a rounded score is easily wrong."""
+    rng = np.random.default_rng(3)
+    lengths = np.exp(rng.normal(size=(len(POINTS), 1))).astype(np.float32)
+    outlier = np.concatenate([CENTROIDS[:-1], 100 * CENTROIDS[-1:]])
+    near_ties = CENTROIDS[:1] + np.float32(1e-4) * rng.normal(size=(600, 24)).astype(np.float32)
+    return {
+        "features": (POINTS, CENTROIDS),
+        "noise": rng.normal(size=(2, 3000, 24)).astype(np.float32),
+        "lengths": (POINTS * lengths, CENTROIDS * lengths[:600]),
+        "far": (POINTS + np.float32(3), CENTROIDS + np.float32(3)),
+        "outlier": (POINTS, outlier),
+        "ties": (POINTS, near_ties),
+        "repeats": (POINTS, np.repeat(CENTROIDS[:300], 2, axis=0)),
+        "zero": (POINTS * 0, CENTROIDS),
+    }
+
+
+@pytest.mark.parametrize("name", hard_cases())
+def test_screening_in_bfloat16_gives_the_labels_of_float32(name):
+    """Bit for bit, from nothing and from what an earlier pass knew."""
+    points, centroids = map(jnp.asarray, hard_cases()[name])
+    centroids = centroids[:600]
+    noise = np.random.default_rng(4).normal(size=centroids.shape).astype(np.float32)
+    moved = centroids.at[::3].add(0.1 * noise[::3] * jnp.linalg.norm(centroids[::3], axis=1).mean())
+    nothing = module.unknown(len(points))
+    first, second = [], []
+    for low_precision in (False, True):
+        shapes = plan(600, low_precision=low_precision, active=True)
+        first.append(module.assign_pass(points, centroids, nothing, centroids, shapes))
+        second.append(module.assign_pass(points, moved, first[-1], centroids, shapes))
+    for exact, screened in (first, second):
+        np.testing.assert_array_equal(screened.labels, exact.labels)
+        assert np.all(np.asarray(screened.scores) <= np.asarray(exact.scores))
+    fresh = module.assign_pass(points, moved, nothing, moved, plan(600))
+    np.testing.assert_array_equal(second[0].labels, fresh.labels)
+
+
+def test_screening_leaves_little_to_float32():
+    """And its bound holds for every score, with the rounding of the packing."""
+    error = np.asarray(module._screening_error(jnp.asarray(POINTS), jnp.asarray(CENTROIDS)))
+    halves = [jnp.asarray(part).astype(jnp.bfloat16) for part in (POINTS, CENTROIDS)]
+    products = [np.asarray(part, np.float64) for part in halves]
+    wrong = np.abs(products[0] @ products[1].T - POINTS.astype(np.float64) @ CENTROIDS.T)
+    assert np.all(wrong.max(1) <= error)
+    scores = np.sort(-0.5 * distances(POINTS, CENTROIDS), axis=1)
+    assert np.mean(scores[:, -1] - scores[:, -2] <= 2 * error) < 0.25
 
 
 @pytest.mark.parametrize(("precision", "empty"), [("float32", "split"), ("bfloat16", "keep")])
@@ -118,24 +156,23 @@ def test_active_sets_skip_work(monkeypatch):
     counted = []
     original = module._compare
 
-    def counting(points_td, columns, j, best, plan):
+    def counting(points_td, columns, plan, j, best):
         jax.debug.callback(lambda j: counted.append(int(j)), j)
-        return original(points_td, columns, j, best, plan)
+        return original(points_td, columns, plan, j, best)
 
     monkeypatch.setattr(module, "_compare", counting)
     active = plan(600, active=True)
     points, centroids = jnp.asarray(POINTS), jnp.asarray(CENTROIDS)
-    everything = jnp.ones(600, bool)
-    first = module.assign_pass(points, centroids, module.unknown(len(POINTS)), everything, active)
+    nothing = module.unknown(len(POINTS))
+    first = module.assign_pass(points, centroids, nothing, centroids, active)
     jax.effects_barrier()
     plain_work, counted[:] = len(counted), []
-    moved = jnp.arange(600) == 5
     nudged = centroids.at[5].multiply(0.5)
-    second = module.assign_pass(points, nudged, first, moved, active)
+    second = module.assign_pass(points, nudged, first, centroids, active)
     jax.effects_barrier()
     assert len(counted) < plain_work
     monkeypatch.undo()
-    fresh = module.assign_pass(points, nudged, module.unknown(len(POINTS)), everything, plan(600))
+    fresh = module.assign_pass(points, nudged, nothing, nudged, plan(600))
     np.testing.assert_array_equal(second.labels, fresh.labels)
     np.testing.assert_array_equal(second.scores, fresh.scores)
 
@@ -156,7 +193,7 @@ def test_place_does_not_change_a_points_scores():
                 jnp.asarray(points),
                 jnp.asarray(CENTROIDS),
                 module.unknown(len(POINTS)),
-                jnp.ones(600, bool),
+                jnp.asarray(CENTROIDS),
                 plan(600, low_precision=low_precision),
             )
             for points in (POINTS, POINTS[order])
