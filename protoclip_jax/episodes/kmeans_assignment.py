@@ -202,8 +202,10 @@ def _screening_error(points_nd: Array, centroids_kd: Array) -> Array:
     With roundings x + r and c + q the product is off by (x + r).q + r.c; Cauchy-Schwarz bounds
     both terms by lengths that are known, which is far closer than the worst rounding.
     """
+    # Not by `astype` there and back, which compiled programs may leave out.
     rounded_nd, rounded_kd = (
-        part.astype(jnp.bfloat16).astype(jnp.float32) for part in (points_nd, centroids_kd)
+        lax.reduce_precision(part, exponent_bits=8, mantissa_bits=7)
+        for part in (points_nd, centroids_kd)
     )
     length_n = _lengths(rounded_nd)
     longest, longest_q = (

@@ -120,7 +120,10 @@ def test_screening_in_bfloat16_gives_the_labels_of_float32(name):
 
 def test_screening_leaves_little_to_float32():
     """And its bound holds for every score, with the rounding of the packing."""
-    error = np.asarray(module._screening_error(jnp.asarray(POINTS), jnp.asarray(CENTROIDS)))
+    # Compiled, as it runs: a compiler may leave out conversions there and back.
+    error = np.asarray(jax.jit(module._screening_error)(POINTS, CENTROIDS))
+    plainly = module._screening_error(jnp.asarray(POINTS), jnp.asarray(CENTROIDS))
+    np.testing.assert_allclose(error, plainly, rtol=1e-4)
     halves = [jnp.asarray(part).astype(jnp.bfloat16) for part in (POINTS, CENTROIDS)]
     products = [np.asarray(part, np.float64) for part in halves]
     wrong = np.abs(products[0] @ products[1].T - POINTS.astype(np.float64) @ CENTROIDS.T)
