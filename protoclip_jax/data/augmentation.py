@@ -12,6 +12,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 from PIL import Image
 
+from protoclip_jax.data.resizing import resized
+
 # CLIP's channel statistics.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -108,7 +110,7 @@ def training_crop(
         crop_height = max(1, min(height, round(width / ratio[0])))
         left, top = (width - crop_width) // 2, (height - crop_height) // 2
     part = image.crop((left, top, left + crop_width, top + crop_height))
-    square = part.resize((size, size), Image.Resampling.BICUBIC).convert("RGB")
+    square = resized(part, size, size).convert("RGB")
     if mirrored:
         square = square.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return np.asarray(square)

@@ -6,6 +6,8 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 from PIL import Image
 
+from protoclip_jax.data.resizing import resized
+
 # Recognised by content. Formats that start other programs (EPS) or have no signature of their own
 # (TGA would take a text file) are left out.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
@@ -123,7 +125,7 @@ def shrunk(image: Image.Image, side: int) -> Image.Image:
     if shorter <= side:
         return image
     width, height = (max(side, round(length * side / shorter)) for length in image.size)
-    return image.resize((width, height), Image.Resampling.BICUBIC)
+    return resized(image, width, height)
 
 
 def _open(data: bytes, max_pixels: int) -> Image.Image:
@@ -212,23 +214,28 @@ def _key_mask(values: np.ndarray, key: object) -> Bool[np.ndarray, "h w"]:
     return values == key if isinstance(key, int) else np.zeros(values.shape, bool)
 
 
-def evaluation_crop(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size 3"]:
+def evaluation_crop(
+    image: Image.Image, size: int, *, exact: bool = True
+) -> UInt8[np.ndarray, "size size 3"]:
     """The middle square of the picture resized so that its shorter side is `size`, as RGB.
 
     Bicubic with antialiasing, in the picture's own mode; sizes and offsets round as torchvision's
-    Resize and CenterCrop do (golden file `preprocess`: equal).
+    Resize and CenterCrop do (golden file `preprocess`: equal; without `exact`, to one level).
     """
     short, long = sorted(image.size)
     long = max(size, int(size * long / short))
-    resized = (size, long) if image.width <= image.height else (long, size)
+    sides = (size, long) if image.width <= image.height else (long, size)
     # Python's round, to even: what torchvision's centre crop uses.
-    left, top = (round((side - size) / 2) for side in resized)
+    left, top = (round((side - size) / 2) for side in sides)
     if size * long > _MAX_RESIZED:
-        scale = (image.width / resized[0], image.height / resized[1])
+        scale = (image.width / sides[0], image.height / sides[1])
         box = (left * scale[0], top * scale[1], (left + size) * scale[0], (top + size) * scale[1])
         square = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
     else:
-        if image.size != resized:
-            image = image.resize(resized, Image.Resampling.BICUBIC)
+        if image.size != sides:
+            if exact:
+                image = image.resize(sides, Image.Resampling.BICUBIC)
+            else:
+                image = resized(image, *sides)
         square = image.crop((left, top, left + size, top + size))
     return np.asarray(square.convert("RGB"))

@@ -202,7 +202,7 @@ class BatchReader:
     ) -> UInt8[np.ndarray, "s s 3"]:
         reading, how = self._reading, self._reading.augmentation[kind]
         if how is None:
-            return evaluation_crop(image, reading.image_size)
+            return evaluation_crop(image, reading.image_size, exact=reading.parity)
         rng = np.random.default_rng([reading.seed, episode, PASSES[kind], position])
         return training_crop(image, rng, reading.image_size, how.scale, how.ratio, how.flip)
 

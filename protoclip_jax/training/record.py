@@ -13,7 +13,17 @@ from protoclip_jax.config import Config, ConfigError, flatten
 from protoclip_jax.training.checkpoint import differences
 
 RECIPE_FILE = "recipe.json"
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "numpy",
+    "pillow",
+    "cykooz-resizer",
+)
 
 # What may differ between a stop and a resume without changing any number of the run.
 HARMLESS = (
@@ -38,7 +48,7 @@ def write(workdir: Path, config: Config) -> None:
     devices = jax.devices()
     record = {
         **meta(config),
-        "versions": {name: metadata.version(name) for name in PACKAGES},
+        "versions": {name: _version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "commit": _commit(),
         "devices": f"{len(devices)} x {devices[0].device_kind}",
@@ -89,6 +99,13 @@ def check_resumable(workdir: Path, stored: dict, wanted: dict) -> None:
             f"start from these weights with --config.model.weights={workdir}. Differences:\n  "
             + "\n  ".join(lines)
         )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # one without a wheel for this machine
+        return None
 
 
 def _commit() -> str | None:

@@ -55,7 +55,7 @@ def test_the_whole_picture_is_a_plain_resize():
     image = coordinates(90, 90)
     crop = training_crop(image, np.random.default_rng(0), 32, (1.0, 1.0), (1.0, 1.0))
     expected = np.asarray(image.resize((32, 32), Image.Resampling.BICUBIC))
-    np.testing.assert_array_equal(crop, expected)
+    np.testing.assert_allclose(crop, expected, atol=1)  # two roundings of one filter
 
 
 @pytest.mark.parametrize("name", ["clip", "light"])

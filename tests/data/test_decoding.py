@@ -94,6 +94,16 @@ def test_evaluation_crop_equals_torchvision(name, size):
     np.testing.assert_array_equal(evaluation_crop(load(data), size), golden_crop(name, size))
 
 
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", [name for name in PICTURES if as_before(name)])
+def test_the_fast_crop_is_within_the_golden_tolerance(name, size):
+    data = read_picture(str(GOLDEN / "images" / name))
+    crop = evaluation_crop(load(data), size, exact=False)
+    difference = np.abs(crop.astype(int) - golden_crop(name, size))
+    assert difference.mean() <= 1
+    assert difference.max() <= 4
+
+
 @pytest.mark.core
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", PICTURES)
