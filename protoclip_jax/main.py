@@ -70,8 +70,10 @@ def run(argv: Sequence[str]) -> int:
         processes.join(
             _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, search=_DISTRIBUTED.value
         )
+        from protoclip_jax import compilation_cache
         from protoclip_jax.training import dry_run, loop
 
+        compilation_cache.turn_on()
         config = configured(_CONFIG.value, overrides, jax.device_count())
         if _DRY_RUN.value:
             print(dry_run.describe(config))

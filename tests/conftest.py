@@ -1,11 +1,18 @@
-"""Eight host devices and checked shapes for every test."""
+"""Eight host devices, checked shapes and one cache of compiled programs for every test."""
 
 import os
+from pathlib import Path
 
 # Before the first import of jax: the device count is fixed when its backend starts.
 if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
+
+# Tests compile the same programs again and again, in several processes: all find them here.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "jax")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 from absl import flags as absl_flags
 from jaxtyping import install_import_hook

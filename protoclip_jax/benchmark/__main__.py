@@ -25,6 +25,7 @@ BENCHMARKS = {
     "kmeans": "clustering an episode, against faiss",
     "step": "one training step of a recipe, against open_clip in torch",
     "episode": "an episode of ProtoCLIP, offline and online, against one of CLIP",
+    "input": "reading, decoding and cropping pictures, against plain Pillow",
 }
 
 

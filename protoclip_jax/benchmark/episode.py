@@ -13,6 +13,7 @@ import numpy as np
 
 from protoclip_jax.benchmark import arguments, machine, timing
 from protoclip_jax.benchmark.report import RULE, Report, number, say
+from protoclip_jax.benchmark.short_runs import as_clip, short
 from protoclip_jax.config import Config, check
 from protoclip_jax.training.loop import Trainer
 from protoclip_jax.training.phases import phase_of
@@ -78,20 +79,7 @@ def contenders(config: Config, online: float, repeats: int) -> dict[str, Config]
       ConfigError: `online` cannot be used with the recipe.
     """
     parts = dataclasses.replace
-    base = parts(
-        config,
-        episode=parts(config.episode, count=repeats + 2, warmup=0, locked=0, online=None),
-        optimizer=parts(
-            config.optimizer, warmup_steps=1, text_start_episode=0, text_end_episode=None
-        ),
-        evaluation=parts(config.evaluation, suite=""),
-        log=parts(config.log, tensorboard=False, progress=False, wandb_project=None),
-    )
-    plain = parts(
-        base,
-        model=parts(base.model, projection=None),
-        objective=parts(base.objective, external=0.0),
-    )
+    base = short(config, repeats + 2)
     fewer, external = (
         max(1, round(online * k)) for k in (base.episode.prototypes, base.external_prototypes)
     )
@@ -99,7 +87,7 @@ def contenders(config: Config, online: float, repeats: int) -> dict[str, Config]
         base,
         episode=parts(base.episode, online=online, prototypes=fewer, external_prototypes=external),
     )
-    recipes = {"clip": plain, "offline": base, "online": sampled}
+    recipes = {"clip": as_clip(base), "offline": base, "online": sampled}
     for one in recipes.values():
         check(one, jax.device_count())
     return recipes

@@ -70,7 +70,7 @@ def assert_close(left, right):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **CLOSE), left, right)
 
 
-@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_parts_equal_the_whole_where_rows_do_not_mix(devices):
     """A ViT with linear heads has no BatchNorm."""
     settings = {"model__projection": 0}
@@ -79,10 +79,11 @@ def test_parts_equal_the_whole_where_rows_do_not_mix(devices):
     assert_close(parts, whole)
 
 
-@pytest.mark.parametrize("devices", [1, 4])
-def test_parts_are_groups_of_batch_statistics(devices):
-    """The parts' statistics are those of groups of their size, and move once."""
-    settings = {"model__name": "test-rn"}
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("name", ["test-vit", pytest.param("test-rn", marks=pytest.mark.slow)])
+def test_parts_are_groups_of_batch_statistics(name, devices):
+    """The parts' statistics are those of groups of their size, and move once (ViT: in the heads)."""
+    settings = {"model__name": name}
     whole = one_step(recipe(**settings, model__batch_norm_group=8), 1)
     parts = one_step(recipe(**settings, optimizer__accumulate=2), devices)
     assert_close(parts, whole)
@@ -117,9 +118,10 @@ def test_rematerialisation_keeps_less_for_the_backward_pass(name):
     assert lean - parameters < 0.5 * (plain - parameters)
 
 
-@pytest.mark.parametrize("devices", [1, 4])
-def test_rematerialisation_changes_nothing(devices):
-    settings = {"model__name": "test-rn"}
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("name", ["test-vit", pytest.param("test-rn", marks=pytest.mark.slow)])
+def test_rematerialisation_changes_nothing(name, devices):
+    settings = {"model__name": name}
     plain = one_step(recipe(**settings), 1)
     lean = one_step(recipe(**settings, model__rematerialise=True), devices)
     assert_close(lean, plain)

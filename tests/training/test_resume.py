@@ -259,7 +259,6 @@ def test_run_killed_twenty_times_ends_with_the_same_parameters(tmp_path):
     env = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "TF_CPP_MIN_LOG_LEVEL": "2",
     }
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     options = {"env": env, "cwd": ROOT, "stdout": subprocess.DEVNULL}
