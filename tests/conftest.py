@@ -14,10 +14,19 @@ os.environ.setdefault(
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
+import jax
+import pytest
 from absl import flags as absl_flags
 from jaxtyping import install_import_hook
 
 install_import_hook("protoclip_jax", "beartype.beartype")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _programs_of_a_module():
+    """Frees the memory of a module's programs: all of them together take gigabytes."""
+    yield
+    jax.clear_caches()
 
 
 def pytest_addoption(parser):

@@ -3,9 +3,11 @@
   python tests/tiny_process.py DEVICES OUT [options of protoclip_jax.main]
 
 Writes the final state to OUT/state.npz, and the labels of each prototype episode with the features
-and centroids they come from to OUT/labels-E.npz; process 0 alone does so.
+and centroids they come from to OUT/labels-E.npz; process 0 alone does so. Each process P writes a
+hash of its parameters, at the start and after each episode, to OUT/hashes-P.txt, a line each.
 """
 
+import hashlib
 import os
 import sys
 from pathlib import Path
@@ -53,6 +55,22 @@ def main() -> None:
             close(self)
 
         loop.Trainer.back_translate, loop.Trainer.close = recorded, closed
+        train_episode = loop.Trainer.train_episode
+
+        def noted(self):
+            leaves = jax.tree.leaves(jax.device_get(self.state["params"]))
+            digest = hashlib.sha256(b"".join(leaf.tobytes() for leaf in leaves)).hexdigest()
+            with (OUT / f"hashes-{jax.process_index()}.txt").open("a") as file:
+                file.write(f"{self.done} {digest}\n")
+
+        def hashed(self, *arguments):
+            if not self.done:
+                noted(self)
+            result = train_episode(self, *arguments)
+            noted(self)
+            return result
+
+        loop.Trainer.train_episode = hashed
         fault = os.environ.get("TINY_FAULT", "")
         if fault:
             process, _, message = fault.partition(":")

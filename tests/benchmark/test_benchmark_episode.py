@@ -28,6 +28,7 @@ def recipes(pairs, **settings):
     return contenders(small_config(pairs, num_devices=8, **settings), 0.5, repeats=1)
 
 
+@pytest.mark.slow
 def test_prints_the_costs_as_numbers(capsys):
     overrides = [f"--config.{name}={value}" for name, value in OPTIONS.items()]
     assert main(["episode", "--repeats=1", "--online=0.5", "--json", *overrides]) == 0

@@ -160,7 +160,7 @@ def zero_row() -> np.ndarray:
 
 
 def test_unit_of_a_zero_vector():
-    """Finite, and so is the gradient of any scalar of it."""
+    """NUM-01: finite, and so is the gradient of any scalar of it."""
     x = zero_row()
     y = unit(x)
     np.testing.assert_array_equal(y[3], 0)

@@ -82,7 +82,7 @@ def test_parts_equal_the_whole_where_rows_do_not_mix(devices):
 @pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("name", ["test-vit", pytest.param("test-rn", marks=pytest.mark.slow)])
 def test_parts_are_groups_of_batch_statistics(name, devices):
-    """The parts' statistics are those of groups of their size, and move once (ViT: in the heads)."""
+    """Their statistics are those of groups of that size, and move once; a ViT has heads only."""
     settings = {"model__name": name}
     whole = one_step(recipe(**settings, model__batch_norm_group=8), 1)
     parts = one_step(recipe(**settings, optimizer__accumulate=2), devices)
@@ -118,8 +118,9 @@ def test_rematerialisation_keeps_less_for_the_backward_pass(name):
     assert lean - parameters < 0.5 * (plain - parameters)
 
 
-@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 4])
-@pytest.mark.parametrize("name", ["test-vit", pytest.param("test-rn", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("name", ["test-vit", "test-rn"])
 def test_rematerialisation_changes_nothing(name, devices):
     settings = {"model__name": name}
     plain = one_step(recipe(**settings), 1)
@@ -127,6 +128,7 @@ def test_rematerialisation_changes_nothing(name, devices):
     assert_close(lean, plain)
 
 
+@pytest.mark.slow
 def test_parts_need_less_memory_than_the_whole():
     settings = {"model__name": "tiny-vit", "optimizer__batch": 64, "episode__size": 64}
     used = [

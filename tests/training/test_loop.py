@@ -100,9 +100,10 @@ def test_stopped_run_goes_on_bit_for_bit(pairs, tmp_path, monkeypatch):
         assert untimed(left) == untimed(right)
 
 
-def test_locked_episode_moves_only_the_text_tower(pairs, tmp_path):
+@pytest.mark.parametrize("name", ["test-vit", pytest.param("test-rn", marks=pytest.mark.slow)])
+def test_locked_episode_moves_only_the_text_tower(pairs, tmp_path, name):
     settings = {"episode__count": 2, "episode__warmup": 1, "episode__locked": 1}
-    config = small_config(pairs, num_devices=8, model__name="test-rn", **settings)
+    config = small_config(pairs, num_devices=8, model__name=name, **settings)
     workdir = tmp_path / "run"
     loop.train(config, workdir)
     checkpoints = Checkpoints(workdir)
@@ -134,17 +135,30 @@ def test_plain_clip_runs_on_the_same_code(pairs, tmp_path):
 
 
 def test_changed_recipe_is_refused_and_harmless_changes_pass(pairs, tmp_path):
+    """CKPT-05: every difference is listed with both values."""
     workdir = tmp_path / "run"
     first = {"episode__count": 2, "episode__warmup": 2}
     config = small_config(pairs, num_devices=8, **first)
     loop.train(config, workdir)
     changed = small_config(
-        pairs, num_devices=8, **first, episode__prototypes=5, optimizer__beta1=0.8
+        pairs,
+        num_devices=8,
+        **first,
+        model__projection=2,
+        model__projection_width=10,
+        episode__prototypes=5,
+        episode__size=16,
+        objective__back_translation=False,
+        optimizer__beta1=0.8,
     )
     with pytest.raises(ConfigError) as caught:
         loop.train(changed, workdir)
     message = str(caught.value)
+    assert "model.projection: stored 1, wanted 2" in message
+    assert "model.projection_width: stored 12, wanted 10" in message
     assert "episode.prototypes: stored 6, wanted 5" in message
+    assert "episode.size: stored 24, wanted 16" in message
+    assert "objective.back_translation: stored True, wanted False" in message
     assert "optimizer.beta1: stored 0.9, wanted 0.8" in message
     loop.train(small_config(pairs, num_devices=8, **first, log__every=1), workdir)
 
@@ -214,6 +228,7 @@ def test_worker_processes_change_no_number(pairs, tmp_path):
 
 
 def test_steps_that_are_not_finite_are_skipped_and_too_many_stop_the_run(pairs, tmp_path, capsys):
+    """NUM-09: parameters, moments and the next checkpoint stay finite."""
     config = small_config(
         pairs,
         num_devices=8,
@@ -236,6 +251,31 @@ def test_steps_that_are_not_finite_are_skipped_and_too_many_stop_the_run(pairs, 
 def test_load_without_a_run_or_a_checkpoint_says_so(pairs, tmp_path):
     with pytest.raises(ConfigError, match=r"recipe\.json"):
         protoclip_jax.load(tmp_path / "nothing")
+
+
+def test_extraction_gives_each_position_its_features(pairs, tmp_path):
+    """DIST-03: 26 pairs in batches of 8 and of 16, the last one partial."""
+    found = []
+    for batch in (8, 16):
+        config = small_config(
+            pairs, num_devices=8, episode__size=26, episode__warmup=0, optimizer__batch=batch
+        )
+        trainer = loop.Trainer(config, tmp_path / str(batch))
+        try:
+            with trainer.input.batches() as trainer.batches:
+                found.append(trainer.extract(0, trainer.draw()))
+        finally:
+            trainer.close()
+    (image, text, rows), (other_image, other_text, other_rows) = found
+    assert image.shape == text.shape == (26, 12)
+    assert len(set(rows)) == 26
+    np.testing.assert_array_equal(rows, other_rows)
+    # Float32 sums in an order that depends on the batch.
+    np.testing.assert_allclose(image, other_image, atol=1e-5)
+    np.testing.assert_allclose(text, other_text, atol=1e-5)
+    # Nothing is left at zero, and no features stand twice.
+    np.testing.assert_allclose(np.linalg.norm(image, axis=1), 1, rtol=1e-5)
+    assert len(np.unique(np.round(image, 4), axis=0)) == 26
 
 
 # Online assignment, kept pictures, and what is told of them.
@@ -282,9 +322,8 @@ def test_online_run_extracts_a_sample_and_resumes(pairs, tmp_path, capsys):
     assert lines[0]["online/agreement_external"] == 1
 
 
-@pytest.mark.parametrize(
-    "keep", ["jpeg", *(pytest.param(keep, marks=pytest.mark.slow) for keep in ("none", "pixels"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("keep", ["jpeg", "none", "pixels"])
 def test_pictures_kept_or_read_twice_give_the_same_run(pairs, tmp_path, keep, capsys):
     settings = {"data__keep": keep, "data__keep_side": 32, "data__augmentation": "clip"}
     logs = []

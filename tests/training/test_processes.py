@@ -64,6 +64,7 @@ def start_two(pairs: Path, out: Path, settings: dict, **environment) -> list[sub
         port = free.getsockname()[1]
     started = []
     for index in range(2):
+        environment["PYTHONHASHSEED"] = str(index + 1)  # no order may depend on it
         flags = [
             f"--coordinator=127.0.0.1:{port}",
             "--num_processes=2",
@@ -145,6 +146,10 @@ def test_two_processes_equal_one(tmp_path):
     run_two(pairs, tmp_path / "two", settings)
     assert_same_run(tmp_path / "one", tmp_path / "two", 10)
     assert_same_labels(tmp_path / "one", tmp_path / "two", 1)
+    # DIST-05: every process has the same parameters, at the start and after each episode.
+    hashes = [(tmp_path / "two" / f"hashes-{index}.txt").read_text() for index in range(2)]
+    assert hashes[0] == hashes[1]
+    assert len(set(hashes[0].splitlines())) == 3
     # One process tells the story and writes the files.
     assert "episode 2/2" in (tmp_path / "two" / "0.log").read_text()
     assert "episode 2/2" not in (tmp_path / "two" / "1.log").read_text()

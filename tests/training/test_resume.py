@@ -82,6 +82,7 @@ class Asked:
 
 
 @pytest.mark.core
+@pytest.mark.slow
 def test_run_stopped_in_every_phase_equals_an_unbroken_one(tmp_path, monkeypatch, capsys):
     """CKPT-07: in a warm-up, at the end of one, twice in one prototype episode, while locked."""
     config = recipe(tmp_path, log__every=1)

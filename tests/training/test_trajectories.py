@@ -229,7 +229,13 @@ def metric_names(run: Run) -> dict[str, str]:
     return SCALARS | (EXTERNAL if run.config.uses_teacher else {})
 
 
-@pytest.mark.parametrize(("file", "variant"), VARIANTS)
+@pytest.mark.parametrize(
+    ("file", "variant"),
+    [
+        pytest.param(*both, marks=[pytest.mark.slow] if both[1] == "low_lr" else [])
+        for both in VARIANTS
+    ],
+)
 def test_float64_run_equals_the_reference(file, variant):
     with jax.enable_x64(True):
         run = Run(file, variant, np.float64)
@@ -245,11 +251,11 @@ def test_float64_run_equals_the_reference(file, variant):
         )
 
 
-# The float64 runs are the strict test, and ResNets compile for long.
+# The float64 runs are the strict test.
 @pytest.mark.parametrize(
     ("file", "variant"),
     [
-        pytest.param(*both, marks=[pytest.mark.slow] if both[0].endswith("rn") else [])
+        pytest.param(*both, marks=[pytest.mark.slow] if both != VARIANTS[0] else [])
         for both in VARIANTS
     ],
 )
