@@ -34,6 +34,7 @@ def main() -> None:
         import jax
 
         from protoclip_jax.training import loop
+        from protoclip_jax.training.checkpoint import Checkpoints
 
         translate, close = loop.Trainer.back_translate, loop.Trainer.close
 
@@ -82,6 +83,17 @@ def main() -> None:
                 return extract(self, episode, batches)
 
             loop.Trainer.extract = broken
+        unreadable = os.environ.get("TINY_UNREADABLE", "")
+        if unreadable:
+            read, newest = Checkpoints._read, []
+
+            def failing(self, step, items):
+                newest.append(step)
+                if step == newest[0] and str(jax.process_index()) in unreadable.split(","):
+                    raise OSError("this host cannot reach the disk")
+                return read(self, step, items)
+
+            Checkpoints._read = failing
         return command.run(argv)
 
     OUT.mkdir(parents=True, exist_ok=True)

@@ -20,13 +20,14 @@ from jaxtyping import Array, UInt32
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from protoclip_jax.config import CheckpointConfig, ConfigError
+from protoclip_jax.training import processes
 
 ITEMS = ("params", "batch_stats", "opt_state")
 DAMAGED = "damaged"  # prefix of the folders that are passed over
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written; the message is one line for the user."""
+    """A checkpoint that cannot be written, or read by one process only; one line for the user."""
 
 
 class Checkpoints:
@@ -121,6 +122,7 @@ class Checkpoints:
 
         Raises:
           ConfigError: there are checkpoints, and none of them can be read.
+          CheckpointError: this process cannot read one that others can.
         """
         for name in self.leftovers():
             say(f"checkpoints/{name} was never finished: passed over")
@@ -132,6 +134,13 @@ class Checkpoints:
                 raise
             except Exception as error:  # damage shows as anything: KeyError, ValueError, OSError
                 reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+                # What some can read must not be passed over by the others alone.
+                if not processes.met_by_all(f"damaged/{step}"):
+                    raise CheckpointError(
+                        f"{self._directory / str(step)} cannot be read by this process, though "
+                        f"others can ({reason}). If that does not pass, rename the folder, and "
+                        "the same command goes on from the one before"
+                    ) from error
                 say(f"checkpoints/{step} cannot be read: passed over ({reason})")
                 self._damaged.append(step)
             else:

@@ -97,6 +97,24 @@ def fail(error: BaseException, code: int) -> None:
     os._exit(code)  # an ordinary end would wait for the others
 
 
+def met_by_all(event: str, seconds: float = 30) -> bool:
+    """Whether every process comes here with the same event within so many seconds.
+
+    It waits without the devices, which a process elsewhere may be waiting for. An event is asked
+    about once in a run.
+    """
+    client = _client()
+    if client is None or jax.process_count() == 1:
+        return True
+    try:
+        client.wait_at_barrier(f"protoclip_jax/{event}", int(1000 * seconds))
+    except Exception as error:
+        if "DEADLINE_EXCEEDED" in str(error):
+            return False
+        raise
+    return True
+
+
 def from_first(value: Any) -> Any:
     """What process 0 gives, on every process; JSON values."""
     if jax.process_count() == 1:

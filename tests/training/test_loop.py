@@ -158,7 +158,7 @@ def test_changed_recipe_is_refused_and_harmless_changes_pass(pairs, tmp_path):
     assert "model.projection_width: stored 12, wanted 10" in message
     assert "episode.prototypes: stored 6, wanted 5" in message
     assert "episode.size: stored 24, wanted 16" in message
-    assert "objective.back_translation: stored True, wanted False" in message
+    assert "objective.back_translation: stored true, wanted false" in message
     assert "optimizer.beta1: stored 0.9, wanted 0.8" in message
     loop.train(small_config(pairs, num_devices=8, **first, log__every=1), workdir)
 

@@ -201,6 +201,22 @@ def test_failure_of_one_process_ends_all_within_a_minute(tmp_path):
 
 
 @pytest.mark.slow
+def test_checkpoint_is_passed_over_by_all_processes_or_by_none(tmp_path):
+    pairs = write_pairs(tmp_path / "data", 40)
+    out, logs = tmp_path / "two", [tmp_path / "two" / f"{index}.log" for index in range(2)]
+    settings = {"data.teacher": teacher(tmp_path, 40), "checkpoint.keep": "5"}
+    run_two(pairs, out, settings)
+    codes = finish(start_two(pairs, out, settings, TINY_UNREADABLE="1"), logs, 200)
+    assert codes == [1, 1], "\n".join(log.read_text()[-3000:] for log in logs)
+    for log in logs:
+        assert "10 cannot be read by this process, though others can" in log.read_text()
+    codes = finish(start_two(pairs, out, settings, TINY_UNREADABLE="0,1"), logs, 200)
+    assert codes == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
+    assert "checkpoints/10 cannot be read: passed over" in logs[0].read_text()
+    assert "Going on after step 5 of 10" in logs[0].read_text()
+
+
+@pytest.mark.slow
 @pytest.mark.unproven
 def test_signal_to_one_process_saves_and_all_go_on_together(tmp_path):
     pairs = write_pairs(tmp_path / "data", 40)
