@@ -101,13 +101,12 @@ def test_gke_job_is_consistent():
 
 
 @pytest.mark.slow
-@pytest.mark.unproven
 def test_local_runs_two_processes(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = {"episode.count": 1, "episode.warmup": 1, "episode.locked": 0, "episode.size": 256}
-    options |= {"optimizer.warmup_steps": 1, "objective.external": 0, "evaluation.suite": '""'}
+    options |= {"optimizer.warmup_steps": 1, "objective.external": 0, "evaluation.suite": ""}
     options |= {"episode.prototypes": 8}
     result = run(
         "bash",

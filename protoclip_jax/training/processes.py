@@ -139,6 +139,8 @@ def _watch() -> None:
             return  # the coordinator is gone: the heartbeat ends the process
         if not message.startswith(mine):
             print(f"\nprotoclip_jax: {message}; this process ends too", file=sys.stderr, flush=True)
+            if jax.process_index() == 0:  # it keeps the store: the others end first
+                time.sleep(4 * _POLL_MS / 1000)
             os._exit(1)  # the main thread may hang in a collective operation
         return
 

@@ -173,7 +173,6 @@ def test_killed_and_resumed(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.unproven
 @pytest.mark.parametrize("seed", range(2))
 def test_killed_and_resumed_many_times(tmp_path, seed):
     kill_and_resume(tmp_path, count=400, kills=8, seed=seed + 1)

@@ -182,7 +182,6 @@ def test_killed_and_resumed(tmp_path, server):
 
 @needs_img2dataset
 @pytest.mark.slow
-@pytest.mark.unproven
 @pytest.mark.parametrize("seed", range(2))
 def test_killed_and_resumed_many_times(tmp_path, server, seed):
     kill_and_resume(tmp_path, server, count=300, kills=6, seed=seed + 1)

@@ -252,7 +252,6 @@ def test_signal_to_the_whole_group_leaves_the_workers_their_work(tmp_path, numbe
 
 
 @pytest.mark.slow
-@pytest.mark.unproven
 def test_run_killed_twenty_times_ends_with_the_same_parameters(tmp_path):
     """SIGKILL at random moments, saving included; bit for bit the unbroken run."""
     recipe(tmp_path)  # writes the pairs
