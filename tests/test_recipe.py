@@ -146,7 +146,9 @@ def test_stored_recipe_comes_back_equal():
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
 def test_every_recipe_resolves_on_eight_devices(path):
-    resolve(load_recipe(str(path)), num_devices=8)
+    config = resolve(load_recipe(str(path)), num_devices=8)
+    assert config.optimizer.batch % 8 == 0
+    assert config.total_steps > config.optimizer.warmup_steps
 
 
 def test_published_setting_is_that_of_the_paper():
