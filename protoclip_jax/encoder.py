@@ -1,5 +1,6 @@
 """A trained model as people use it: pictures and texts in, features out."""
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Sharding
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float
 from PIL import Image
 
@@ -26,7 +27,7 @@ class Encoder:
 
     Attributes:
       config: the model.
-      params, batch_stats: plain nested dicts of arrays.
+      params, batch_stats: plain nested dicts of arrays; others of the same shapes may be put in.
       image_size: side of the square the image tower sees, in pixels.
     """
 
@@ -38,7 +39,7 @@ class Encoder:
         batch_stats: dict[str, Any],
         *,
         batch: int = 256,
-        rows: Sharding | None = None,
+        rows: NamedSharding | None = None,
     ):
         """Args:
         config: the model.
@@ -46,7 +47,9 @@ class Encoder:
         params: its parameters.
         batch_stats: its batch statistics.
         batch: pictures or captions in one go.
-        rows: how they are spread over the devices that hold the parameters; none = one device.
+        rows: how they are spread over the devices of the parameters' mesh; none = one device.
+          Where those belong to several processes, all of them make the same calls, and each
+          needs to give the pictures that it `supplies` only.
         """
         self.config = config
         self.params, self.batch_stats = params, batch_stats
@@ -55,17 +58,28 @@ class Encoder:
         # A multiple of the devices.
         self._batch = batch if rows is None else -(-batch // rows.num_devices) * rows.num_devices
         self._tokenizer = Tokenizer(config.text.context_length)
+        # Every process gets all features: what is measured of them is measured on the host.
+        whole = None if rows is None else NamedSharding(rows.mesh, PartitionSpec())
+        jit = functools.partial(jax.jit, out_shardings=whole)
 
-        @jax.jit
+        @jit
         def image_features(params, batch_stats, images):
             images = augmentation.normalise(images)
             return _unit(clip.apply_image(graphdef, params, batch_stats, images))
 
-        @jax.jit
+        @jit
         def text_features(params, batch_stats, tokens):
             return _unit(clip.apply_text(graphdef, params, batch_stats, tokens))
 
         self._image_features, self._text_features = image_features, text_features
+
+    def supplies(self, number: int) -> bool:
+        """Whether a device of this process takes the picture at this place of a call."""
+        if self._rows is None:
+            return True
+        place = number % self._batch
+        mine = self._rows.addressable_devices_indices_map((self._batch,)).values()
+        return any(place in range(*part.indices(self._batch)) for (part,) in mine)
 
     def encode_image(self, images: np.ndarray | Sequence[Picture]) -> Float[np.ndarray, "n e"]:
         """L2-normalised image features.
@@ -107,7 +121,7 @@ class Encoder:
             block = np.stack(held + [held[-1]] * (self._batch - count))
             held.clear()
             if self._rows is not None:
-                block = jax.device_put(block, self._rows)
+                block = jax.make_array_from_callback(block.shape, self._rows, block.__getitem__)
             return function(self.params, self.batch_stats, block)[:count]
 
         for row in rows:

@@ -24,6 +24,9 @@ class FakeEncoder:
     def __init__(self, names=None):
         self.names = COLOURS | (names or {})
 
+    def supplies(self, number):
+        return True
+
     def encode_image(self, images):
         assert images.dtype == np.uint8
         assert images.shape[1:] == (SIZE, SIZE, 3)
@@ -40,6 +43,9 @@ class ConstantEncoder:
     """Answers everything alike: a collapsed model."""
 
     image_size = SIZE
+
+    def supplies(self, number):
+        return True
 
     def encode_image(self, images):
         return np.full((len(images), 4), 0.5, np.float32)

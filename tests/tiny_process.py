@@ -4,7 +4,8 @@
 
 Writes the final state to OUT/state.npz, and the labels of each prototype episode with the features
 and centroids they come from to OUT/labels-E.npz; process 0 alone does so. Each process P writes a
-hash of its parameters, at the start and after each episode, to OUT/hashes-P.txt, a line each.
+hash of its parameters, at the start and after each episode, to OUT/hashes-P.txt, a line each, and
+how many pictures it decoded for evaluations to OUT/decoded-P.txt.
 """
 
 import hashlib
@@ -33,6 +34,7 @@ def main() -> None:
         # Imported only now: several processes have to be joined before JAX wakes up.
         import jax
 
+        from protoclip_jax.evaluation import suite
         from protoclip_jax.training import loop
         from protoclip_jax.training.checkpoint import Checkpoints
 
@@ -55,6 +57,10 @@ def main() -> None:
                 np.savez(OUT / "state.npz", **arrays)
             close(self)
 
+            (OUT / f"decoded-{jax.process_index()}.txt").write_text(str(len(decoded)))
+
+        decoded, decode = [], suite.decode
+        suite.decode = lambda data: (decoded.append(1), decode(data))[1]
         loop.Trainer.back_translate, loop.Trainer.close = recorded, closed
         train_episode = loop.Trainer.train_episode
 

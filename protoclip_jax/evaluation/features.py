@@ -31,6 +31,13 @@ class Encoder(Protocol):
         """Features of texts."""
         ...
 
+    def supplies(self, number: int) -> bool:
+        """Whether this process has to give the picture at this place of a call.
+
+        Always so, but where several processes make the same calls for one model.
+        """
+        ...
+
 
 def finite_features(
     features: Float[Array | np.ndarray, "n e"], what: str
@@ -89,6 +96,7 @@ def extract_images(
     *,
     batch: int = 256,
     threads: int | None = None,
+    shared: bool = False,
 ) -> Float[np.ndarray, "n e"]:
     """Features of pictures `load(0)` to `load(count - 1)`, decoded while the model works.
 
@@ -98,19 +106,25 @@ def extract_images(
         count: how many pictures there are.
         batch: pictures encoded at a time; also how many wait decoded.
         threads: decoding threads; by default one a core, at most 16.
+        shared: load only what this process supplies; the model's other processes load the rest.
 
     Returns:
-        Features, float32, in the order asked for.
+        Features, float32, in the order asked for; all of them on every process.
     """
     if count < 1:
         raise ValueError("no pictures to encode: found 0, wanted at least 1")
+    blank = np.zeros((encoder.image_size, encoder.image_size, 3), np.uint8)
+
+    def loaded(row: int):
+        return blank if shared and not encoder.supplies(row % batch) else load(row)
+
     parts = []
     with ThreadPoolExecutor(threads or min(16, os.cpu_count() or 1)) as pool:
-        waiting = [pool.submit(load, row) for row in range(min(batch, count))]
+        waiting = [pool.submit(loaded, row) for row in range(min(batch, count))]
         for start in range(0, count, batch):
             ready = waiting
             ahead = range(start + batch, min(start + 2 * batch, count))
-            waiting = [pool.submit(load, row) for row in ahead]
+            waiting = [pool.submit(loaded, row) for row in ahead]
             pictures = np.stack([picture.result() for picture in ready])
             parts.append(np.asarray(encoder.encode_image(pictures), np.float32))
     return np.concatenate(parts)

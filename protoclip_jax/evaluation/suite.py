@@ -72,29 +72,30 @@ def evaluate(
 ) -> dict[str, float]:
     """All metrics of a model. Shares are in percent; `chance` has what they compare with."""
     labels = Labels.of(source_train, source_test, source_val, settings)
-    pictures = {
-        "train": _pictures(encoder, source_train, settings, labels.probe_rows),
-        "test": _pictures(encoder, source_test, settings),
-        "val": _pictures(encoder, source_val, settings),
-    }
-    captions = extract_texts(encoder, [source_test.read(i)[1] for i in range(len(source_test))])
+    features = Features.of(encoder, source_train, source_test, source_val, labels, settings)
+    return measure(features, labels, settings)
+
+
+def measure(
+    features: "Features", labels: "Labels", settings: SuiteSettings = SuiteSettings()
+) -> dict[str, float]:
+    """All metrics, from what the model made of pictures and texts."""
     metrics = {}
-    for name, split, classes, targets in (
-        ("zero_shot", "test", labels.test_concepts, labels.test_concept),
-        ("zero_shot_unseen", "val", labels.val_concepts, labels.val_concept),
+    for name, pictures, classifier, targets in (
+        ("zero_shot", features.test, features.test_classifier, labels.test_concept),
+        ("zero_shot_unseen", features.val, features.val_classifier, labels.val_concept),
     ):
-        classifier = zero_shot.build_classifier(encoder, classes, settings.templates)
-        metrics |= _under(name, zero_shot.top_k_accuracy(pictures[split], classifier, targets))
+        metrics |= _under(name, zero_shot.top_k_accuracy(pictures, classifier, targets))
     probe = linear_probe.linear_probe(
-        pictures["train"], labels.train_label, pictures["test"], labels.test_label,
+        features.train, labels.train_label, features.test, labels.test_label,
         regularisation=settings.regularisation, seed=settings.seed,
     )  # fmt: skip
     metrics["linear_probe/top1"] = probe.top1
-    metrics |= _under("retrieval", retrieval.retrieve(pictures["test"], captions))
+    metrics |= _under("retrieval", retrieval.retrieve(features.test, features.captions))
     k = len(np.unique(labels.test_label))
-    agreement = clustering.evaluate(pictures["test"], labels.test_label, k, settings.seed)
+    agreement = clustering.evaluate(features.test, labels.test_label, k, settings.seed)
     metrics |= _under("clustering", agreement)
-    return metrics | _under("geometry", geometry.evaluate(pictures["test"], captions))
+    return metrics | _under("geometry", geometry.evaluate(features.test, features.captions))
 
 
 def chance(
@@ -143,6 +144,38 @@ class Labels:
         )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Features:
+    """What the suite needs of a model: L2-normalised features, float32.
+
+    Attributes:
+        train: of the pictures for the probe.
+        test, val: of all pictures of the split.
+        captions: of `test`.
+        test_classifier, val_classifier: one row a concept.
+    """
+
+    train: Float[np.ndarray, "probe e"]
+    test: Float[np.ndarray, "test e"]
+    val: Float[np.ndarray, "val e"]
+    captions: Float[np.ndarray, "test e"]
+    test_classifier: Float[np.ndarray, "test_concepts e"]
+    val_classifier: Float[np.ndarray, "val_concepts e"]
+
+    @classmethod
+    def of(cls, encoder: Encoder, train, test, val, labels: Labels, settings) -> "Features":
+        """Encodes all of it. Several processes with one model call this together, and each decodes
+        its share of the pictures."""
+        return cls(
+            _pictures(encoder, train, settings, labels.probe_rows),
+            _pictures(encoder, test, settings),
+            _pictures(encoder, val, settings),
+            extract_texts(encoder, [test.read(row)[1] for row in range(len(test))]),
+            zero_shot.build_classifier(encoder, labels.test_concepts, settings.templates),
+            zero_shot.build_classifier(encoder, labels.val_concepts, settings.templates),
+        )
+
+
 def _number(names: Sequence[str]) -> tuple[list[str], Int[np.ndarray, "n"]]:
     classes, numbers = np.unique(np.asarray(names), return_inverse=True)
     return classes.tolist(), numbers
@@ -163,7 +196,9 @@ def _pictures(
     def load(number: int) -> UInt8[np.ndarray, "h w 3"]:
         return evaluation_crop(decode(source.read(int(rows[number]))[0]), encoder.image_size)
 
-    return extract_images(encoder, load, len(rows), batch=settings.batch, threads=settings.threads)
+    return extract_images(
+        encoder, load, len(rows), batch=settings.batch, threads=settings.threads, shared=True
+    )
 
 
 def _under(room: str, metrics: dict[str, float]) -> dict[str, float]:

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import jax
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from protoclip_jax.config import Config
 from protoclip_jax.data.emoji_text import EmojiText
@@ -15,6 +14,7 @@ from protoclip_jax.evaluation.table import comparison_table
 from protoclip_jax.models.presets import CLIPConfig
 from protoclip_jax.training.logging import read_metrics
 from protoclip_jax.training.processes import from_first
+from protoclip_jax.training.state import BATCH_AXES
 
 SPLITS = ("train", "test", "val")
 
@@ -23,7 +23,9 @@ class Evaluator:
     """Runs the recipe's suite on the model as it stands."""
 
     def __init__(self, config: Config, model: CLIPConfig, graphdef: nnx.GraphDef, mesh: Mesh):
-        self._model, self._graphdef, self._mesh = model, graphdef, mesh
+        self._model, self._graphdef = model, graphdef
+        self._rows = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+        self._encoder: Encoder | None = None  # kept, and what is compiled with it
         self._sources = None
         if config.evaluation.suite:
             self._sources = [EmojiText(split) for split in SPLITS]
@@ -31,30 +33,20 @@ class Evaluator:
     def measure(self, params: dict, batch_stats: dict) -> dict[str, float]:
         """All metrics of the suite; empty when the recipe names none.
 
-        Process 0 measures, on all its devices; the others wait for its numbers.
+        The features come from all devices of all processes; process 0 measures on them.
         """
         if self._sources is None:
             return {}
-        # Gathered by all processes, for what is cut over the devices of several.
-        whole = jax.jit(lambda trees: trees, out_shardings=NamedSharding(self._mesh, P()))
-        params, batch_stats = whole((params, batch_stats))
-        values = {}
-        if jax.process_index() == 0:
-            devices = jax.make_mesh(
-                (jax.local_device_count(),),
-                ("data",),
-                (AxisType.Auto,),
-                devices=jax.local_devices(),
+        if self._encoder is None:
+            self._encoder = Encoder(
+                self._model, self._graphdef, params, batch_stats, rows=self._rows
             )
-            here = NamedSharding(devices, P())
-            encoder = Encoder(
-                self._model,
-                self._graphdef,
-                *jax.tree.map(lambda leaf: _local(leaf, here), (params, batch_stats)),
-                rows=NamedSharding(devices, P("data")),
-            )
-            values = suite.evaluate(encoder, *self._sources)
-        return from_first(values)
+        self._encoder.params, self._encoder.batch_stats = params, batch_stats
+        settings = suite.SuiteSettings()
+        labels = suite.Labels.of(*self._sources, settings)
+        features = suite.Features.of(self._encoder, *self._sources, labels, settings)
+        first = jax.process_index() == 0
+        return from_first(suite.measure(features, labels, settings) if first else {})
 
     def measured(self, workdir: Path, step: int) -> bool:
         """Whether the log has an evaluation of a step; True where the recipe wants none."""
@@ -75,9 +67,3 @@ class Evaluator:
             return None
         columns = {"untrained": metrics[0], "trained": metrics[-1]}
         return comparison_table(columns, suite.chance(*self._sources))
-
-
-def _local(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
-    """An array that every device holds whole, as one of this process's devices alone."""
-    pieces = [shard.data for shard in leaf.addressable_shards]
-    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, pieces)

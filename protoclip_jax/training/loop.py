@@ -141,7 +141,8 @@ class Trainer:
             self.evaluate(phase_of(config, config.episode.count - 1).name, config.episode.count - 1)
         self.checkpoints.wait()
         self.progress.close()
-        self.reporter.result(self.workdir, self.evaluator.table(self.workdir))
+        if jax.process_index() == 0:
+            self.reporter.result(self.workdir, self.evaluator.table(self.workdir))
 
     def run_episode(self, episode: int) -> None:
         """Trains an episode; evaluates and saves when due, and tells."""

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import jax
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from protoclip_jax.config import ConfigError
 from protoclip_jax.encoder import Encoder
@@ -60,17 +60,26 @@ def _warn(text: str) -> None:
 
 
 def restore_encoder(workdir: Path, step: int | None = None) -> Encoder:
-    """Reads parameters and batch statistics of a checkpoint, whole, onto one device.
+    """Reads parameters and batch statistics of a checkpoint, whole, onto each of our devices.
 
     Raises:
       ConfigError: no run, or no such checkpoint, in the folder.
     """
     config = from_flat(record.read(workdir)["recipe"])
     graphdef, like = state.shapes(config)
-    here = SingleDeviceSharding(jax.local_devices()[0])
+    mesh = jax.make_mesh(
+        (jax.local_device_count(),), ("data",), (AxisType.Auto,), devices=jax.local_devices()
+    )
+    here = NamedSharding(mesh, PartitionSpec())
     wanted = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
         {name: like[name] for name in ("params", "batch_stats")},
     )
     restored = _newest(workdir, wanted, step)
-    return Encoder(state.model_of(config), graphdef, restored["params"], restored["batch_stats"])
+    return Encoder(
+        state.model_of(config),
+        graphdef,
+        restored["params"],
+        restored["batch_stats"],
+        rows=NamedSharding(mesh, PartitionSpec("data")),
+    )

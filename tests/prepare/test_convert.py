@@ -150,15 +150,19 @@ def kill_and_resume(tmp_path: Path, count: int, kills: int, seed: int) -> None:
             command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
         if turn < kills:
-            # Once it writes, at a random moment; a run that is quicker ends by itself.
+            # Once it writes: the first time at once, then at a random moment, by which a quick
+            # run has ended by itself.
             while run.poll() is None and not list(out.glob("*.part")):
                 time.sleep(0.01)
-            time.sleep(rng.uniform(0, 0.5))
-            children = psutil.Process(run.pid).children(recursive=True)
+            time.sleep(rng.uniform(0, 0.5) if turn else 0)
+            try:
+                children = psutil.Process(run.pid).children(recursive=True)
+            except psutil.NoSuchProcess:
+                children = []
             run.send_signal(signal.SIGKILL)
             killed += run.wait() == -signal.SIGKILL
             run.stdout.close()
-            _, alive = psutil.wait_procs(children, timeout=10)
+            _, alive = psutil.wait_procs(children, timeout=30)
             assert not alive, "workers outlive their parent"
         else:
             said = run.communicate(timeout=120)[0]

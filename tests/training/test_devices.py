@@ -6,6 +6,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tiny_run import small_config, tiny_models, write_pairs  # noqa: F401 (a fixture)
 
+from protoclip_jax.encoder import Encoder
 from protoclip_jax.training import state
 from protoclip_jax.training.phases import phase_of
 from protoclip_jax.training.step import make_train_step
@@ -101,3 +102,23 @@ def assert_gradients_close(ours, theirs):
         bound = 1e-4 * max(float(np.abs(expected).max()), 1e-4 * largest)
         worst = float(np.abs(actual - expected).max())
         assert worst <= bound, f"{name}: {worst:.3e} > {bound:.3e}"
+
+
+def test_encoder_spreads_its_batch():
+    rng = np.random.default_rng(0)
+    config = small_config("pairs.tsv", model__projection=None, num_devices=8)
+    model = state.model_of(config)
+    images, texts = rng.integers(0, 256, (19, 32, 32, 3), np.uint8), ["a kite", "two red kites"]
+    found = []
+    for shape in ((1, 1), (4, 2)):
+        mesh = mesh_of(shape)
+        graphdef, start = state.create(config, mesh)
+        rows = NamedSharding(mesh, PartitionSpec(state.BATCH_AXES))
+        encoder = Encoder(
+            model, graphdef, start["params"], start["batch_stats"], batch=12, rows=rows
+        )
+        assert all(encoder.supplies(number) for number in range(19))
+        found.append((encoder.encode_image(images), encoder.encode_text(texts)))
+    for one, eight in zip(*found, strict=True):
+        # float32 products are summed in another order on another number of rows.
+        np.testing.assert_allclose(eight, one, atol=1e-6)

@@ -184,6 +184,41 @@ def test_two_processes_equal_one_with_batch_norm_uneven_data_and_broken_pictures
 
 
 @pytest.mark.slow
+def test_evaluation_of_two_processes_equals_that_of_one(tmp_path):
+    """Each decodes and encodes its half of the pictures; process 0 measures and writes."""
+    pairs = write_pairs(tmp_path / "data", 16)
+    settings = {
+        "data.teacher": teacher(tmp_path, 16),
+        "episode.size": "16",
+        "episode.count": "1",
+        "episode.warmup": "1",
+        "optimizer.warmup_steps": "1",
+        "evaluation.suite": "emoji_text",
+    }
+    run_one(pairs, tmp_path / "one", settings)
+    run_two(pairs, tmp_path / "two", settings)
+    tables = []
+    for name in ("one", "two"):
+        lines = metrics(tmp_path / name / "run")
+        tables.append([line for line in lines if "zero_shot/top1" in line])
+    assert [line["step"] for line in tables[0]] == [0, 2]
+    for one, two in zip(*tables, strict=True):
+        assert one.keys() == two.keys()
+        for name, value in one.items():
+            if name.startswith("geometry/"):
+                assert two[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+            elif name.startswith(("zero_shot", "retrieval/")):
+                # Shares of some 700 pictures: a near tie may fall the other way.
+                assert two[name] == pytest.approx(value, abs=0.5), name
+    decoded = [int((tmp_path / "two" / f"decoded-{index}.txt").read_text()) for index in range(2)]
+    whole = int((tmp_path / "one" / "decoded-0.txt").read_text())
+    assert sum(decoded) == whole
+    assert 0.4 * whole < decoded[0] < 0.6 * whole
+    logs = [(tmp_path / "two" / f"{index}.log").read_text() for index in range(2)]
+    assert ["Zero-shot classification" in log for log in logs] == [True, False]
+
+
+@pytest.mark.slow
 def test_failure_of_one_process_ends_all_within_a_minute(tmp_path):
     pairs = write_pairs(tmp_path / "data", 40)
     settings = {"data.teacher": teacher(tmp_path, 40), "episode.warmup": "0"}
