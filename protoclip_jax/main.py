@@ -13,7 +13,7 @@ by the environment of Slurm, Open MPI or GKE's TPUs, by --distributed on a Cloud
 
 Exit codes: 0 done; 1 the run cannot go on (not finite, no checkpoint can be written); 2 this
 cannot be run; 75 saved and left on SIGTERM or SIGINT: start the same command again; 130 interrupted
-at once.
+at once; 134 another process of the run died without a word (JAX ends the others within 40 s).
 """
 
 import os
