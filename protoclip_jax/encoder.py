@@ -16,7 +16,7 @@ from PIL import Image
 from protoclip_jax.data import augmentation, decoding
 from protoclip_jax.data.padding import without_padding
 from protoclip_jax.data.tokenizer import Tokenizer
-from protoclip_jax.models import clip, normalization
+from protoclip_jax.models import clip, normalization, sharding
 from protoclip_jax.models.presets import CLIPConfig
 
 Picture = Image.Image | np.ndarray | str | Path | bytes
@@ -59,16 +59,19 @@ class Encoder:
         self._batch = batch if rows is None else -(-batch // rows.num_devices) * rows.num_devices
         self._tokenizer = Tokenizer(config.text.context_length)
         # Every process gets all features: what is measured of them is measured on the host.
-        whole = None if rows is None else NamedSharding(rows.mesh, PartitionSpec())
+        mesh = None if rows is None else rows.mesh
+        whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
         jit = functools.partial(jax.jit, out_shardings=whole)
 
         @jit
         def image_features(params, batch_stats, images):
             images = augmentation.normalise(images)
+            params = sharding.gathered(params, mesh)
             return _unit(clip.apply_image(graphdef, params, batch_stats, images))
 
         @jit
         def text_features(params, batch_stats, tokens):
+            params = sharding.gathered(params, mesh)
             return _unit(clip.apply_text(graphdef, params, batch_stats, tokens))
 
         self._image_features, self._text_features = image_features, text_features

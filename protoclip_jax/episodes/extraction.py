@@ -6,20 +6,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Sharding
+from jax.sharding import Mesh, Sharding
 from jaxtyping import Array, Float
 
-from protoclip_jax.models import clip
+from protoclip_jax.models import clip, sharding
 
 ExtractStep = Callable[[dict, dict, dict, Any], tuple[jax.Array, jax.Array]]
 
 
-def make_extract_step(graphdef: nnx.GraphDef, prepare: Callable[..., jax.Array]) -> ExtractStep:
+def make_extract_step(
+    graphdef: nnx.GraphDef, prepare: Callable[..., jax.Array], mesh: Mesh | None = None
+) -> ExtractStep:
     """Builds the forward pass of one batch; the caller compiles it.
 
     Args:
       graphdef: the model without its arrays.
       prepare: (uint8 images, episode, positions) -> what the image tower takes.
+      mesh: over which the parameters are cut.
 
     The step takes params, batch_stats, a batch ("image", "tokens", "position") and the episode,
     and returns the projected, L2-normalised image and text features, float32 (b, d). Batch
@@ -29,7 +32,13 @@ def make_extract_step(graphdef: nnx.GraphDef, prepare: Callable[..., jax.Array])
     def extract_step(params, batch_stats, batch, episode):
         images = prepare(batch["image"], episode, batch["position"])
         features, _ = clip.apply(
-            graphdef, params, batch_stats, images, batch["tokens"], train=False, project=True
+            graphdef,
+            sharding.gathered(params, mesh),
+            batch_stats,
+            images,
+            batch["tokens"],
+            train=False,
+            project=True,
         )
         return features.image_projected, features.text_projected
 

@@ -1,11 +1,12 @@
 """Where each parameter lives on the mesh: one table, its lookup, and how it is printed."""
 
+import functools
 import math
 import re
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 Tree = dict[str, Any]
 
@@ -52,6 +53,35 @@ def partition_specs(shapes: Tree, mesh: Mesh | None = None) -> Tree:
         )
     leaves = [spec if _divides(spec, shape, mesh) else PartitionSpec() for _, spec, shape in specs]
     return jax.tree_util.tree_unflatten(structure, leaves)
+
+
+def gathered(params: Tree, mesh: Mesh | None) -> Tree:
+    """Parameters as a forward pass takes them: whole on every device; gradients come back cut.
+
+    Left to itself, the compiler cuts what goes through the towers by attention heads or hidden
+    units, as the weights are cut, and exchanges activations of the whole batch. Told this, it
+    fetches a weight before its use, drops it afterwards (and fetches it again in the backward pass
+    where that is rematerialised), and every row stays on its device.
+
+    Args:
+      params: nested dicts, cut as `partition_specs` says.
+      mesh: None or one without an "fsdp" axis longer than 1: nothing to gather.
+    """
+    if mesh is None or mesh.shape.get("fsdp", 1) == 1:
+        return params
+    specs = partition_specs(params, mesh)
+    return jax.tree.map(lambda leaf, spec: _gather(leaf, NamedSharding(mesh, spec)), params, specs)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gather(leaf: jax.Array, cut: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(leaf, NamedSharding(cut.mesh, PartitionSpec()))
+
+
+_gather.defvjp(
+    lambda leaf, cut: (_gather(leaf, cut), None),
+    lambda cut, _, gradient: (jax.lax.with_sharding_constraint(gradient, cut),),
+)
 
 
 def describe(shapes: Tree, specs: Tree) -> str:

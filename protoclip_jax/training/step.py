@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from protoclip_jax.config import Config
 from protoclip_jax.data import augmentation, walk
 from protoclip_jax.episodes.online import agreement, online_labels
-from protoclip_jax.models import clip
+from protoclip_jax.models import clip, sharding
 from protoclip_jax.objectives.total import total_loss
 from protoclip_jax.training import gradients, optimizer, schedule
 from protoclip_jax.training.phases import Phase
@@ -69,7 +69,7 @@ def make_train_step(
 
     def train_step(state, batch, prototypes):
         params, step = state["params"], state["step"]
-        forward = _forward(graphdef, config, phase, state)
+        forward = _forward(graphdef, config, phase, state, mesh)
         loss = _loss(config, phase, mesh, batch, prototypes)
         rows = {name: batch[name] for name in ("image", "tokens", "position")}
         if parts == 1:
@@ -98,7 +98,7 @@ def make_train_step(
 
 
 def _forward(
-    graphdef: nnx.GraphDef, config: Config, phase: Phase, state: State
+    graphdef: nnx.GraphDef, config: Config, phase: Phase, state: State, mesh: Mesh | None
 ) -> gradients.Forward:
     """The towers on rows of a batch, augmentation included."""
     prepare = image_preparation(config, "train")
@@ -107,7 +107,7 @@ def _forward(
     def forward(params, rows):
         return clip.apply(
             graphdef,
-            _without_gradient(params, phase.trained),
+            _without_gradient(sharding.gathered(params, mesh), phase.trained),
             state["batch_stats"],
             prepare(rows["image"], episode, rows["position"]),
             rows["tokens"],
