@@ -15,7 +15,10 @@ ExtractStep = Callable[[dict, dict, dict, Any], tuple[jax.Array, jax.Array]]
 
 
 def make_extract_step(
-    graphdef: nnx.GraphDef, prepare: Callable[..., jax.Array], mesh: Mesh | None = None
+    graphdef: nnx.GraphDef,
+    prepare: Callable[..., jax.Array],
+    mesh: Mesh | None = None,
+    dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> ExtractStep:
     """Builds the forward pass of one batch; the caller compiles it.
 
@@ -23,6 +26,7 @@ def make_extract_step(
       graphdef: the model without its arrays.
       prepare: (uint8 images, episode, positions) -> what the image tower takes.
       mesh: over which the parameters are cut.
+      dtype: the model's compute type.
 
     The step takes params, batch_stats, a batch ("image", "tokens", "position") and the episode,
     and returns the projected, L2-normalised image and text features, float32 (b, d). Batch
@@ -33,7 +37,7 @@ def make_extract_step(
         images = prepare(batch["image"], episode, batch["position"])
         features, _ = clip.apply(
             graphdef,
-            sharding.gathered(params, mesh),
+            sharding.gathered(params, mesh, dtype),
             batch_stats,
             images,
             batch["tokens"],

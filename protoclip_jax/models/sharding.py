@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 Tree = dict[str, Any]
@@ -24,6 +25,9 @@ TABLE: tuple[tuple[str, PartitionSpec], ...] = (
     (r"(c_proj|out_proj)/kernel", PartitionSpec("fsdp", None)),
     (r"(in_proj|c_fc|[qkv]_proj|layers/\d+)/kernel", PartitionSpec(None, "fsdp")),
 )
+
+# What no layer casts to the compute type before it is used.
+READ_IN_FLOAT32 = r"token_embedding|projection_head"
 
 
 class ShardingError(ValueError):
@@ -55,7 +59,7 @@ def partition_specs(shapes: Tree, mesh: Mesh | None = None) -> Tree:
     return jax.tree_util.tree_unflatten(structure, leaves)
 
 
-def gathered(params: Tree, mesh: Mesh | None) -> Tree:
+def gathered(params: Tree, mesh: Mesh | None, dtype: jax.typing.DTypeLike = jnp.float32) -> Tree:
     """Parameters as a forward pass takes them: whole on every device; gradients come back cut.
 
     Left to itself, the compiler cuts what goes through the towers by attention heads or hidden
@@ -66,11 +70,19 @@ def gathered(params: Tree, mesh: Mesh | None) -> Tree:
     Args:
       params: nested dicts, cut as `partition_specs` says.
       mesh: None or one without an "fsdp" axis longer than 1: nothing to gather.
+      dtype: the model's compute type, in which its matrices travel.
     """
     if mesh is None or mesh.shape.get("fsdp", 1) == 1:
         return params
-    specs = partition_specs(params, mesh)
-    return jax.tree.map(lambda leaf, spec: _gather(leaf, NamedSharding(mesh, spec)), params, specs)
+
+    def whole(keys, leaf, spec):
+        if spec == PartitionSpec():
+            return leaf
+        if not re.search(READ_IN_FLOAT32, _path(keys)):
+            leaf = leaf.astype(dtype)  # as the layer does, but before the exchange
+        return _gather(leaf, NamedSharding(mesh, spec))
+
+    return jax.tree_util.tree_map_with_path(whole, params, partition_specs(params, mesh))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

@@ -102,12 +102,12 @@ def _forward(
 ) -> gradients.Forward:
     """The towers on rows of a batch, augmentation included."""
     prepare = image_preparation(config, "train")
-    episode = state["step"] // config.steps_per_episode
+    episode, dtype = state["step"] // config.steps_per_episode, config.model.dtype
 
     def forward(params, rows):
         return clip.apply(
             graphdef,
-            _without_gradient(sharding.gathered(params, mesh), phase.trained),
+            _without_gradient(sharding.gathered(params, mesh, dtype), phase.trained),
             state["batch_stats"],
             prepare(rows["image"], episode, rows["position"]),
             rows["tokens"],

@@ -187,3 +187,33 @@ def test_description_has_a_line_for_each_array_and_the_total():
     assert lines[0].split() == ["logit_scale", "scalar", "float32", "()"]
     assert lines[1].split(maxsplit=3) == ["visual/proj", "6x4", "float32", "('fsdp', None)"]
     assert lines[2] == "2 arrays, 25 numbers"
+
+
+def test_weights_travel_in_the_compute_type_and_gradients_stay_cut():
+    mesh, rng = mesh_of(2, 4), np.random.default_rng(0)
+    kernel, table = (rng.normal(size=(8, 16)).astype(np.float32) for _ in range(2))
+    params = {
+        "text": {"mlp": {"c_fc": {"kernel": kernel, "bias": np.ones(16, np.float32)}}},
+        "token_embedding": table,
+        "image_projection_head": {"layers": {"0": {"kernel": kernel}}},
+    }
+    places = jax.tree.map(lambda spec: NamedSharding(mesh, spec), partition_specs(params, mesh))
+    cut = jax.device_put(params, places)
+
+    @jax.jit
+    def both(cut):
+        def loss(cut):
+            whole = sharding.gathered(cut, mesh, jnp.bfloat16)
+            return sum(jnp.sum(leaf.astype(jnp.float32) ** 2) for leaf in jax.tree.leaves(whole))
+
+        return sharding.gathered(cut, mesh, jnp.bfloat16), jax.grad(loss)(cut)
+
+    whole, gradient = both(cut)
+    types = {path: leaf.dtype for path, leaf in by_path(whole).items()}
+    assert types.pop("text/mlp/c_fc/kernel") == jnp.bfloat16
+    assert set(types.values()) == {jnp.dtype(jnp.float32)}
+    assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(whole))
+    for found, place, leaf in zip(*map(jax.tree.leaves, (gradient, places, params)), strict=True):
+        assert found.sharding == place
+        np.testing.assert_allclose(found, 2 * leaf, rtol=2**-8)  # bfloat16 rounds once
+    assert sharding.gathered(params, mesh_of(8, 1)) is params
