@@ -22,7 +22,7 @@ def test_prints_rates_and_the_share_of_waiting(capsys):
     for name, ratio in numbers["ratio_to_pillow"].items():
         rates = numbers["images_per_cpu_second"]
         assert ratio == pytest.approx(rates[name] / rates["Pillow"])
-    assert numbers["workers"]["1"].keys() == {"list", "records"}
+    assert numbers["workers"]["1"].keys() == {"Pillow", "list", "records"}
     training = numbers["training"]
     assert training["batch"] == 16
     assert 0 <= training["input_wait_share"] <= 1

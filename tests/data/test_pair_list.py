@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -254,3 +255,23 @@ def test_fingerprint_follows_content_not_place(tmp_path):
 def test_impossible_separators(separator):
     with pytest.raises(ValueError, match="one ASCII character"):
         case_list("TSV-03", separator=separator)
+
+
+def test_memory_does_not_grow_with_the_rows(tmp_path):
+    """A quarter of a byte a row is kept, in the process and in each worker's copy."""
+    rows, path = 1_000_000, tmp_path / "list.tsv"
+    block = "".join(f"{row:05}.jpg\ta caption of this picture\n" for row in range(100_000))
+    with path.open("w") as file:
+        file.write("filepath\ttitle\n")
+        for _ in range(rows // 100_000):
+            file.write(block)
+    tracemalloc.start()
+    try:
+        opened = PairList(str(path))
+        kept, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(opened) == rows
+    assert kept < 0.5 * rows
+    assert len(pickle.dumps(opened)) < 0.5 * rows
+    assert peak < 60e6  # blocks of 4 MB and what is found in them, whatever the length
