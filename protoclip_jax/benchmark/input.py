@@ -162,9 +162,10 @@ def read_all(source: PairSource) -> int:
 
 
 def worker_rate(source: PairSource, workers: int, repeats: int) -> float:
-    """Pictures a second by worker processes, once all of them run."""
-    skipped = 4 * workers  # batches that are ready before the clock starts
-    positions = _BATCH * (skipped + repeats * len(source) // _BATCH)
+    """Pictures a second by worker processes, once all of them run at their usual speed."""
+    # The first second of a process is slow, and some batches are ready when the clock starts.
+    skipped = 16 * workers
+    positions = _BATCH * (skipped + 4 * repeats * len(source) // _BATCH)
     with _batches(source, positions, workers) as batches:
         for _ in range(skipped):
             next(batches)
