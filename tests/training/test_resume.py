@@ -205,7 +205,7 @@ def kill_command(folder: Path, workdir: Path) -> list[str]:
         "data.teacher": str(folder / "teacher.npy"),
         "data.augmentation": "light",
         "model.batch_norm_group": "none",
-        "episode.count": "24",
+        "episode.count": "32",
         "episode.warmup": "2",
         "episode.locked": "2",
         "episode.redos": "1",
@@ -275,8 +275,10 @@ def test_run_killed_twenty_times_ends_with_the_same_parameters(tmp_path):
         end = time.monotonic() + 120
         while process.poll() is None and time.monotonic() < end and _newest(steps) <= before:
             time.sleep(0.005)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(chance.uniform(0, 0.4))
+        # At most three steps, so that a quick machine does not come to the end before 20 kills.
+        end = time.monotonic() + chance.uniform(0, 0.4)
+        while process.poll() is None and time.monotonic() < end and _newest(steps) < before + 3:
+            time.sleep(0.005)
         if process.poll() is None:
             process.kill()
             kills += 1
