@@ -5,7 +5,8 @@
 Writes the final state to OUT/state.npz, and the labels of each prototype episode with the features
 and centroids they come from to OUT/labels-E.npz; process 0 alone does so. Each process P writes a
 hash of its parameters, at the start and after each episode, to OUT/hashes-P.txt, a line each, and
-how many pictures it decoded for evaluations to OUT/decoded-P.txt.
+how many pictures it decoded for evaluations to OUT/decoded-P.txt. The n-th evaluation's features go
+to OUT/features-n.npz.
 """
 
 import hashlib
@@ -56,11 +57,18 @@ def main() -> None:
                 arrays = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
                 np.savez(OUT / "state.npz", **arrays)
             close(self)
-
             (OUT / f"decoded-{jax.process_index()}.txt").write_text(str(len(decoded)))
 
         decoded, decode = [], suite.decode
         suite.decode = lambda data: (decoded.append(1), decode(data))[1]
+        measure, measured = suite.measure, []
+
+        def kept(features, *arguments):
+            np.savez(OUT / f"features-{len(measured)}.npz", **vars(features))
+            measured.append(1)
+            return measure(features, *arguments)
+
+        suite.measure = kept
         loop.Trainer.back_translate, loop.Trainer.close = recorded, closed
         train_episode = loop.Trainer.train_episode
 

@@ -17,15 +17,15 @@ ExtractStep = Callable[[dict, dict, dict, Any], tuple[jax.Array, jax.Array]]
 def make_extract_step(
     graphdef: nnx.GraphDef,
     prepare: Callable[..., jax.Array],
-    mesh: Mesh | None = None,
-    dtype: jax.typing.DTypeLike = jnp.float32,
+    mesh: Mesh | None,
+    dtype: jax.typing.DTypeLike,
 ) -> ExtractStep:
     """Builds the forward pass of one batch; the caller compiles it.
 
     Args:
       graphdef: the model without its arrays.
       prepare: (uint8 images, episode, positions) -> what the image tower takes.
-      mesh: over which the parameters are cut.
+      mesh: over which the parameters are cut, if they are.
       dtype: the model's compute type.
 
     The step takes params, batch_stats, a batch ("image", "tokens", "position") and the episode,

@@ -92,7 +92,12 @@ class Trainer:
         self.train_steps: dict[Phase, CompiledStep] = {}
         by_row = NamedSharding(self.mesh, PartitionSpec(state.BATCH_AXES))
         self.extract_step = jax.jit(
-            make_extract_step(self.graphdef, step.image_preparation(config, "extract"), self.mesh),
+            make_extract_step(
+                self.graphdef,
+                step.image_preparation(config, "extract"),
+                self.mesh,
+                config.model.dtype,
+            ),
             out_shardings=by_row,
         )
 

@@ -162,7 +162,7 @@ def kill_and_resume(tmp_path: Path, count: int, kills: int, seed: int) -> None:
             run.send_signal(signal.SIGKILL)
             killed += run.wait() == -signal.SIGKILL
             run.stdout.close()
-            _, alive = psutil.wait_procs(children, timeout=30)
+            _, alive = psutil.wait_procs(children, timeout=10)
             assert not alive, "workers outlive their parent"
         else:
             said = run.communicate(timeout=120)[0]

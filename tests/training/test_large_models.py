@@ -1,4 +1,7 @@
-"""The large presets over many devices: compiled, never allocated."""
+"""The large presets over many devices: compiled, never allocated.
+
+All presets' shares of eight devices are checked in tests/models/test_sharding.py, in seconds.
+"""
 
 import json
 import subprocess
@@ -8,7 +11,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-# All presets' shares of eight devices are checked in tests/models/test_sharding.py, in seconds.
 
 
 @pytest.mark.slow

@@ -339,7 +339,11 @@ def test_episode_extracts_back_translates_and_trains_as_the_reference(file, dtyp
 
 
 def extracted(run: Run):
-    step = jax.jit(make_extract_step(run.graphdef, lambda images, episode, positions: images))
+    step = jax.jit(
+        make_extract_step(
+            run.graphdef, lambda images, episode, positions: images, None, jnp.float32
+        )
+    )
     batch = {
         "image": run.images,
         "tokens": run.data["texts"],
