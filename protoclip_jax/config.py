@@ -247,14 +247,20 @@ NOT_NEGATIVE = (
 )
 
 
-def check(config: Config, num_devices: int = 1) -> None:
+def check(config: Config, num_devices: int | None = 1) -> None:
     """Refuses impossible settings, naming both numbers.
+
+    Args:
+      config: all settings.
+      num_devices: devices of the run; None where they are not known yet: some multiple of those
+        that share one copy of the parameters.
 
     Raises:
       ConfigError: the first impossibility found.
     """
     episode, optimizer = config.episode, config.optimizer
     _check_ranges(config)
+    num_devices = num_devices or config.mesh.fsdp
     if not config.data.train:
         raise ConfigError("config.data.train is empty: name emoji_text/train or a pair list")
     if optimizer.batch > episode.size:

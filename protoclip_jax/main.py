@@ -54,7 +54,7 @@ def run(argv: Sequence[str]) -> int:
     try:
         if _CONFIG.value is None:
             raise ConfigError("--config=RECIPE is missing: --config=configs/quickstart.py")
-        configured(_CONFIG.value, overrides, num_devices=1)
+        configured(_CONFIG.value, overrides, num_devices=None)
         if _WORKDIR.value is None and not _DRY_RUN.value:
             raise ConfigError("--workdir=FOLDER is missing, for example --workdir=runs/quickstart")
         if _WORKDIR.value is not None and "://" in _WORKDIR.value:

@@ -73,7 +73,7 @@ def load_recipe(path: str) -> ml_collections.ConfigDict:
         raise ConfigError(f"--config={file}: {type(error).__name__}: {reason}") from error
 
 
-def configured(file: str, overrides: Sequence[str], num_devices: int) -> Config:
+def configured(file: str, overrides: Sequence[str], num_devices: int | None) -> Config:
     """The recipe of a file with `--config.SECTION.NAME=VALUE` from a command line.
 
     Raises:
@@ -104,12 +104,12 @@ def apply_override(recipe: ml_collections.ConfigDict, path: str, text: str) -> N
         section[name] = value
 
 
-def resolve(recipe: ml_collections.ConfigDict, num_devices: int = 1) -> Config:
+def resolve(recipe: ml_collections.ConfigDict, num_devices: int | None = 1) -> Config:
     """Checks a recipe and freezes it.
 
     Args:
       recipe: what `get_config()` returned, overrides applied.
-      num_devices: devices of the run, over which a batch is divided.
+      num_devices: devices of the run, over which a batch is divided; None: not known yet.
 
     Raises:
       ConfigError: an unknown option, a value of the wrong type, or an impossible combination.

@@ -49,6 +49,15 @@ def test_dry_run_shows_the_plan_without_training():
         assert part in result.stdout, result.stdout
 
 
+def test_dry_run_over_devices_that_share_parameters():
+    # conftest gives this process, and so the command, eight devices.
+    result = command(
+        "--config=configs/cc3m.py", "--dry_run", "--config.data.train=x.tsv", "--config.mesh.fsdp=4"
+    )
+    assert result.returncode == 0, result.stderr
+    assert "mesh data 2 x fsdp 4" in result.stdout
+
+
 @pytest.mark.usefixtures("tiny_models")
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
 def test_every_recipe_trains_two_steps(path, tmp_path):

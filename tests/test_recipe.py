@@ -128,6 +128,12 @@ def test_impossible_settings_are_refused_with_both_numbers(overrides, numbers):
     assert "\n" not in str(caught.value)
 
 
+def test_settings_are_checked_before_the_devices_are_known():
+    assert resolve(recipe(mesh__fsdp="4"), num_devices=None).mesh.fsdp == 4
+    with pytest.raises(ConfigError, match="509 does not divide over 4"):
+        resolve(recipe(mesh__fsdp="4", optimizer__batch="509"), num_devices=None)
+
+
 def test_parity_sets_every_flag_of_the_reference():
     plain, parity = resolve(recipe()), resolve(recipe(parity="reference"))
     values, before = (flatten(dataclasses.asdict(config)) for config in (parity, plain))

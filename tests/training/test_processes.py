@@ -184,6 +184,16 @@ def test_two_processes_equal_one_with_batch_norm_uneven_data_and_broken_pictures
 
 
 @pytest.mark.slow
+def test_run_with_cut_parameters_equals_one_without(tmp_path):
+    """The command with mesh.fsdp: extraction, prototypes, training, checkpoints."""
+    pairs = write_pairs(tmp_path / "data", 40)
+    settings = {"data.teacher": teacher(tmp_path, 40)}
+    run_one(pairs, tmp_path / "whole", settings)
+    run_one(pairs, tmp_path / "cut", settings | {"mesh.fsdp": "2"})
+    assert_same_run(tmp_path / "whole", tmp_path / "cut", 10)
+
+
+@pytest.mark.slow
 def test_evaluation_of_two_processes_equals_that_of_one(tmp_path):
     """Each decodes and encodes its half of the pictures; process 0 measures and writes."""
     pairs = write_pairs(tmp_path / "data", 16)
