@@ -12,14 +12,14 @@ from protoclip_jax.data.files import local_folder
 from protoclip_jax.data.left_out import LeftOut
 from protoclip_jax.data.sources import PairSource
 from protoclip_jax.prepare import pool
-from protoclip_jax.prepare.atomic import PART, clear_parts, part_of, settle, write_json
-from protoclip_jax.prepare.lock import LOCK, locked
 from protoclip_jax.prepare.shard import (
     OUTCOMES,
     ConvertSettings,
     ShardWriter,
     outcome_path,
 )
+from protoclip_jax.storage.atomic import PART, clear_parts, part_of, settle, write_json
+from protoclip_jax.storage.lock import LOCK, locked
 
 __all__ = ["UNREADABLE", "ConvertSettings", "convert"]
 

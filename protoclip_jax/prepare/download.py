@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from protoclip_jax.data.files import local_folder
 from protoclip_jax.prepare import img2dataset
-from protoclip_jax.prepare.atomic import clear_parts, part_of, settle, write_json, write_text
 from protoclip_jax.prepare.link_list import Layout, Link, find_layout, links, photo_ids
-from protoclip_jax.prepare.lock import locked
+from protoclip_jax.storage.atomic import clear_parts, part_of, settle, write_json, write_text
+from protoclip_jax.storage.lock import locked
 
 FOLDER = "download"
 _LIST_ROWS = 1_000_000  # of one Parquet file: img2dataset holds one in memory at a time

@@ -10,8 +10,8 @@ from array_record.python import array_record_module
 from protoclip_jax.data.array_records import WRITER_OPTIONS, pack, shard_name
 from protoclip_jax.data.decoding import UnreadableImage
 from protoclip_jax.data.sources import PairSource, origin, where
-from protoclip_jax.prepare.atomic import part_of, settle, write_json
 from protoclip_jax.prepare.picture import stored
+from protoclip_jax.storage.atomic import part_of, settle, write_json
 
 OUTCOMES = "outcomes"
 

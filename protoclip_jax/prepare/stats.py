@@ -15,8 +15,8 @@ from protoclip_jax.data.decoding import UnreadableImage, load
 from protoclip_jax.data.sources import PairSource
 from protoclip_jax.data.tokenizer import Tokenizer
 from protoclip_jax.prepare import pool
-from protoclip_jax.prepare.atomic import write_text
 from protoclip_jax.prepare.scripts import scripts_of
+from protoclip_jax.storage.atomic import write_text
 
 CONTEXT = 77  # tokens that CLIP's text tower sees, start and end included
 NO_SCRIPT = "no letters"

@@ -15,7 +15,7 @@ import pytest
 from pair_files import caption, picture, write_list, write_shards
 from PIL import Image
 
-import protoclip_jax.prepare.atomic as atomic
+import protoclip_jax.storage.atomic as atomic
 from protoclip_jax.data.array_records import ArrayRecordPairs, unpack
 from protoclip_jax.data.decoding import decode
 from protoclip_jax.data.sources import open_source
@@ -215,7 +215,7 @@ def test_folders_of_others_and_two_at_once_are_refused(tmp_path, capsys):
     assert "is a file" in capsys.readouterr().err
     assert main(["convert", path, "--out", "gs://bucket/set"]) == 2
     assert "local folder" in capsys.readouterr().err
-    from protoclip_jax.prepare.lock import locked
+    from protoclip_jax.storage.lock import locked
 
     (tmp_path / "set").mkdir()
     with locked(tmp_path / "set"):

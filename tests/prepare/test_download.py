@@ -26,7 +26,7 @@ import protoclip_jax.prepare.download as download
 from protoclip_jax.data.sources import open_source
 from protoclip_jax.prepare import img2dataset
 from protoclip_jax.prepare.__main__ import main
-from protoclip_jax.prepare.lock import locked
+from protoclip_jax.storage.lock import locked
 
 PYTHON = os.environ.get("IMG2DATASET_PYTHON")
 FOUND = PYTHON or importlib.util.find_spec("img2dataset") or shutil.which("img2dataset")
