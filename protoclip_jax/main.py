@@ -12,8 +12,8 @@ by the environment of Slurm, Open MPI or GKE's TPUs, by --distributed on a Cloud
 --coordinator, --num_processes and --process_id. The workdir must be one folder for all.
 
 Exit codes: 0 done; 1 the run cannot go on (not finite, no checkpoint can be written); 2 this
-cannot be run; 75 saved and left on SIGTERM or SIGINT: start the same command again; 130 interrupted
-at once; 134 another process of the run died without a word (JAX ends the others within 40 s).
+cannot be run; 75 saved and left on SIGTERM or SIGINT: start the same command again; 76 another
+process of the run was lost, or did not come: start the same command again; 130 interrupted at once.
 """
 
 import os
@@ -50,7 +50,7 @@ def run(argv: Sequence[str]) -> int:
     """Trains; returns the exit code, as the head of this file lists them."""
     *_, overrides = argv
     logging.set_verbosity(logging.WARNING)  # orbax and tfds tell every step of theirs
-    processes = None
+    distributed = None
     try:
         if _CONFIG.value is None:
             raise ConfigError("--config=RECIPE is missing: --config=configs/quickstart.py")
@@ -65,29 +65,41 @@ def run(argv: Sequence[str]) -> int:
         # Imported late, so that a wrong option is refused without waiting for JAX.
         import jax
 
-        from protoclip_jax.training import processes
+        from protoclip_jax import distributed
 
-        processes.join(
+        distributed.join(
             _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, search=_DISTRIBUTED.value
         )
         from protoclip_jax import compilation_cache
-        from protoclip_jax.training import dry_run, loop
+        from protoclip_jax.training import agreement, dry_run, loop
 
         compilation_cache.turn_on()
+        devices = agreement.devices()
         config = configured(_CONFIG.value, overrides, jax.device_count())
         if _DRY_RUN.value:
             print(dry_run.describe(config))
         else:
+            if jax.process_index() == 0:
+                print(f"protoclip_jax: {devices}", file=sys.stderr)
             loop.train(config, Path(_WORKDIR.value), _PROFILE.value)
     except BaseException as error:
+        if distributed is not None and _of_runtime(error):
+            distributed.wait_for_cause()
         code = _told(error)
         if code is None:
             traceback.print_exc()
             code = 1
-        if processes is not None and code != LEFT:
-            processes.fail(error, code)
+        if distributed is not None and code != LEFT:
+            distributed.fail(error, code)
         return code
     return 0
+
+
+def _of_runtime(error: BaseException) -> bool:
+    """Whether an error may come from a collective operation that lost a process."""
+    return type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError") and (
+        "RESOURCE_EXHAUSTED" not in str(error)
+    )
 
 
 def _told(error: BaseException) -> int | None:

@@ -8,7 +8,10 @@ batches, of which the last holds position 12 on the first process and nothing on
 
 import dataclasses
 import gc
+import os
 import signal
+import threading
+import time
 import weakref
 from collections.abc import Iterator
 
@@ -122,14 +125,23 @@ def _dataset(reader: BatchReader, workers: int) -> grain.IterDataset:
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # grain's workers look at them, and this may be a library
     return batches_by_number.to_iter_dataset(grain.ReadOptions(0, 0)).mp_prefetch(
-        grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2), _deaf
+        grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2), _start_worker
     )
 
 
-def _deaf(index: int, count: int) -> None:
+def _start_worker(index: int, count: int) -> None:
     """In a worker: Ctrl-C and a scheduler's signal reach the whole group, and the run decides.
 
-    It may still need the batch that this worker makes, before it saves and leaves.
+    It may still need the batch that this worker makes, before it saves and leaves. When the run is
+    killed, nobody else would end its workers.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process within a second of its parent."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)

@@ -40,18 +40,18 @@ class Walk:
         batch: int,
         *,
         workers: int = 0,
-        process_index: int = 0,
-        process_count: int = 1,
+        rows: Int[np.ndarray, " b"] | None = None,
     ):
         """Lays the sections out.
 
-        Raises:
-          ValueError: settings that cannot work together.
+        Args:
+          sections: the passes, in their order.
+          batch: positions of a step, of all processes.
+          workers: worker processes that share the batches.
+          rows: places in a batch that this process supplies; None: all of them.
         """
-        if batch % process_count:
-            raise ValueError(f"a batch of {batch} does not divide over {process_count} processes")
-        self.batch, self.local_batch = batch, batch // process_count
-        self._offset = process_index * self.local_batch
+        self.batch = batch
+        self._rows = np.arange(batch) if rows is None else rows
         self._workers = max(1, workers)
         self._sections, self._begins, self._end = tuple(sections), [], 0
         for section in self._sections:
@@ -84,8 +84,7 @@ class Walk:
 
     def positions(self, step: int) -> Int[np.ndarray, " b"]:
         """This process's positions of a step; those past the end of the pass are padding."""
-        start = step * self.batch + self._offset
-        return np.arange(start, start + self.local_batch)
+        return step * self.batch + self._rows
 
     def ahead(self, index: int) -> tuple[Section, range] | None:
         """The next pass of extraction after a batch of training, and which of its steps to prepare.

@@ -19,7 +19,7 @@ from protoclip_jax.prepare.shard import (
     outcome_path,
 )
 from protoclip_jax.storage.atomic import PART, clear_parts, part_of, settle, write_json
-from protoclip_jax.storage.lock import LOCK, locked
+from protoclip_jax.storage.lock import LOCK, NOTE, locked
 
 __all__ = ["UNREADABLE", "ConvertSettings", "convert"]
 
@@ -79,7 +79,7 @@ def _claim(out: Path) -> None:
         raise ValueError(f"{out} is a file: choose another --out")
     if out.exists() and not (out / SETTINGS).exists():
         # A run killed at its very beginning leaves these.
-        known = (OUTCOMES, LOCK)
+        known = (OUTCOMES, LOCK, NOTE)
         if any(path.name not in known and path.suffix != PART for path in out.iterdir()):
             raise ValueError(f"{out} holds other files: choose another --out")
     (out / OUTCOMES).mkdir(parents=True, exist_ok=True)

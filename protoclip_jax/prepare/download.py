@@ -24,7 +24,7 @@ from protoclip_jax.data.files import local_folder
 from protoclip_jax.prepare import img2dataset
 from protoclip_jax.prepare.link_list import Layout, Link, find_layout, links, photo_ids
 from protoclip_jax.storage.atomic import clear_parts, part_of, settle, write_json, write_text
-from protoclip_jax.storage.lock import locked
+from protoclip_jax.storage.lock import NO_LOCKS, locked
 
 FOLDER = "download"
 _LIST_ROWS = 1_000_000  # of one Parquet file: img2dataset holds one in memory at a time
@@ -137,7 +137,11 @@ def _end_earlier(folder: Path, log) -> None:
         try:
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
-        except OSError:
+        except OSError as error:
+            if error.errno in NO_LOCKS:  # nothing tells whether an earlier run lives: end it
+                if group.exists():
+                    _kill_group(int(group.read_text()))
+                return
             if waited > _PATIENCE:
                 raise ValueError(
                     f"processes of an earlier run are still at work in {folder.parent}: end them"

@@ -15,12 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from jaxtyping import Array, UInt32
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from protoclip_jax import distributed
 from protoclip_jax.config import CheckpointConfig, ConfigError
-from protoclip_jax.training import processes
 
 ITEMS = ("params", "batch_stats", "opt_state")
 DAMAGED = "damaged"  # prefix of the folders that are passed over
@@ -135,7 +134,7 @@ class Checkpoints:
             except Exception as error:  # damage shows as anything: KeyError, ValueError, OSError
                 reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
                 # What some can read must not be passed over by the others alone.
-                if not processes.met_by_all(f"damaged/{step}"):
+                if not distributed.met_by_all(f"damaged/{step}"):
                     raise CheckpointError(
                         f"{self._directory / str(step)} cannot be read by this process, though "
                         f"others can ({reason}). If that does not pass, rename the folder, and "
@@ -162,8 +161,7 @@ class Checkpoints:
                     target = target.with_name(target.name + "-again")
                 shutil.move(self._directory / str(step), target)
         if steps:
-            if jax.process_count() > 1:
-                multihost_utils.sync_global_devices("damaged checkpoints are put aside")
+            distributed.barrier()  # they are put aside
             self._manager.reload()
 
     def restore(self, step: int, like: dict[str, Any]) -> dict[str, Any]:

@@ -8,12 +8,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from protoclip_jax.config import Config
 from protoclip_jax.data.emoji_text import EmojiText
+from protoclip_jax.distributed import broadcast
 from protoclip_jax.encoder import Encoder
 from protoclip_jax.evaluation import suite
 from protoclip_jax.evaluation.table import comparison_table
 from protoclip_jax.models.presets import CLIPConfig
 from protoclip_jax.training.logging import read_metrics
-from protoclip_jax.training.processes import from_first
 from protoclip_jax.training.state import BATCH_AXES
 
 SPLITS = ("train", "test", "val")
@@ -46,7 +46,7 @@ class Evaluator:
         labels = suite.Labels.of(*self._sources, settings)
         features = suite.Features.of(self._encoder, *self._sources, labels, settings)
         first = jax.process_index() == 0
-        return from_first(suite.measure(features, labels, settings) if first else {})
+        return broadcast(suite.measure(features, labels, settings) if first else {})
 
     def measured(self, workdir: Path, step: int) -> bool:
         """Whether the log has an evaluation of a step; True where the recipe wants none."""

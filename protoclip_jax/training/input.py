@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
@@ -20,6 +19,7 @@ from protoclip_jax.data.teacher import Teacher, embedded_teacher, open_teacher
 from protoclip_jax.data.tokenizer import Tokenizer
 from protoclip_jax.data.unreadable import UnreadableLog
 from protoclip_jax.data.walk import Section, Walk
+from protoclip_jax.distributed.rows import Rows, by_position
 from protoclip_jax.episodes.sampling import episode_rows
 from protoclip_jax.training.state import BATCH_AXES
 
@@ -43,7 +43,7 @@ class Input:
         """
         self._config, self._image_size = config, image_size
         self._tokenizer = Tokenizer(context_length)
-        self._by_row = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+        self._rows = Rows(NamedSharding(mesh, PartitionSpec(BATCH_AXES)), config.optimizer.batch)
         self.source = _open_source(config)
         self.teacher = _open_teacher(config, len(self.source))
         # Each process has its own share of the pairs, and a file of its own.
@@ -102,8 +102,7 @@ class Input:
             sections(config, first_episode, first_step),
             config.optimizer.batch,
             workers=data.workers,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=self._rows.local,
         )
         return pipeline.Batches(
             walk,
@@ -113,20 +112,23 @@ class Input:
             unreadable=self.unreadable,
         )
 
-    def all_rows(self, rows: list[Int[np.ndarray, " b"]]) -> Int[np.ndarray, " n"]:
-        """Rows of consecutive batches, of all processes, by position."""
-        mine = np.stack(rows)
-        if jax.process_count() > 1:
-            mine = multihost_utils.process_allgather(mine)  # (processes, batches, rows)
-            mine = np.swapaxes(mine, 0, 1)
-        return mine.reshape(-1)
+    def all_rows(
+        self, positions: list[Int[np.ndarray, " b"]], rows: list[Int[np.ndarray, " b"]], size: int
+    ) -> Int[np.ndarray, " n"]:
+        """Rows that this and all other processes read in a pass, by position.
+
+        Args:
+          positions: of consecutive batches of this process.
+          rows: the pairs read there.
+          size: positions of the pass.
+        """
+        return by_position(np.stack(positions), np.stack(rows), size)
 
     def on_devices(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Spreads the rows of this process's batch over its devices."""
         if jax.process_count() == 1:  # several processes would have to agree on the length
             batch = batch | {"tokens": without_padding(batch["tokens"])}
-        put = functools.partial(jax.make_array_from_process_local_data, self._by_row)
-        return jax.tree.map(put, batch)
+        return jax.tree.map(self._rows.on_devices, batch)
 
 
 def sections(config: Config, first_episode: int = 0, first_step: int = 0) -> list[Section]:

@@ -13,13 +13,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
-from protoclip_jax.config import Config
+from protoclip_jax.config import Config, ConfigError
+from protoclip_jax.distributed import broadcast
 from protoclip_jax.episodes.extraction import in_episode_order, make_extract_step
 from protoclip_jax.episodes.kmeans import Clusters, kmeans
 from protoclip_jax.episodes.prototypes import build_prototypes
-from protoclip_jax.training import record, state, step
+from protoclip_jax.storage.lock import locked
+from protoclip_jax.training import agreement, record, state, step
 from protoclip_jax.training.checkpoint import Checkpoints
 from protoclip_jax.training.compiled import CompiledStep
 from protoclip_jax.training.evaluator import Evaluator
@@ -27,7 +30,6 @@ from protoclip_jax.training.input import Input
 from protoclip_jax.training.logging import Meter, MetricLog, check_wandb
 from protoclip_jax.training.pace import Pace
 from protoclip_jax.training.phases import Phase, phase_of
-from protoclip_jax.training.processes import from_first
 from protoclip_jax.training.profile import Profile
 from protoclip_jax.training.progress import Progress
 from protoclip_jax.training.reporter import Reporter, cluster_numbers
@@ -54,11 +56,34 @@ def train(config: Config, workdir: Path, profile: str | None = None) -> None:
       Leaving: a signal asked to save and leave.
     """
     check_wandb(config)
-    trainer = Trainer(config, workdir, profile)
     try:
-        trainer.run()
-    finally:
-        trainer.close()
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--workdir={workdir} is no folder to write to: {error}") from error
+    agreement.compare("the processes would not train the same", record.identity(config))
+    agreement.same_folder(epath.Path(workdir))
+    with in_use(workdir):
+        trainer = Trainer(config, workdir, profile)
+        try:
+            trainer.run()
+        finally:
+            trainer.close()
+
+
+@contextlib.contextmanager
+def in_use(workdir: Path) -> Iterator[None]:
+    """Keeps other runs out of a workdir.
+
+    Raises:
+      ConfigError: another run is in it.
+    """
+    with contextlib.ExitStack() as stack:
+        if jax.process_index() == 0:
+            try:
+                stack.enter_context(locked(workdir))
+            except ValueError as error:
+                raise ConfigError(f"--workdir={error}") from error
+        yield
 
 
 class Trainer:
@@ -70,7 +95,6 @@ class Trainer:
         self.replicated = NamedSharding(self.mesh, PartitionSpec())
         self.model = state.model_of(config)
         self.profile = Profile(profile, workdir)
-        workdir.mkdir(parents=True, exist_ok=True)
         self.input = Input(
             config,
             self.model.vision.image_size,
@@ -80,6 +104,7 @@ class Trainer:
         )
         self.progress = Progress(config.total_steps, config.log.progress)
         self.checkpoints = Checkpoints(workdir, config.checkpoint, config.steps_per_episode)
+        agreement.compare("the processes would read different data", self.input.fingerprints())
         self.meta = record.meta(config) | self.input.fingerprints()
         self.graphdef, self.state = state.create(config, self.mesh)
         self.done, self.interrupted = self.restored()
@@ -142,7 +167,7 @@ class Trainer:
             for episode in range(first, config.episode.count):
                 self.run_episode(episode)
         # Process 0 writes the log, so that the others might read it too early.
-        if self.done and not from_first(self.evaluator.measured(self.workdir, self.done)):
+        if self.done and not broadcast(self.evaluator.measured(self.workdir, self.done)):
             self.evaluate(phase_of(config, config.episode.count - 1).name, config.episode.count - 1)
         self.checkpoints.wait()
         self.progress.close()
@@ -201,8 +226,9 @@ class Trainer:
         self, episode: int, batches: Iterable[dict]
     ) -> tuple[jax.Array, jax.Array, np.ndarray]:
         """Projected features, float32 (n, d), of the extracted positions, and the rows read."""
-        pace, rows, features = Pace(), [], []
+        pace, positions, rows, features = Pace(), [], [], []
         for batch in batches:
+            positions.append(batch["position"])
             rows.append(batch["row"])
             arrays = self.input.on_devices(step_inputs(batch))
             parts = self.extract_step(
@@ -215,7 +241,7 @@ class Trainer:
                 self.leave()
         count = self.config.extracted
         image, text = jax.block_until_ready(in_episode_order(features, count, self.replicated))
-        return image, text, self.input.all_rows(rows)[:count]
+        return image, text, self.input.all_rows(positions, rows, count)
 
     def cluster(self, episode: int, image, text, rows: np.ndarray) -> dict[str, Clusters]:
         """k-means in each modality, and of the teacher's rows."""

@@ -1,6 +1,7 @@
 """What a workdir says of its run: recipe, versions, commit; and whether a recipe still fits it."""
 
 import dataclasses
+import hashlib
 import json
 import platform
 import subprocess
@@ -73,6 +74,14 @@ def meta(config: Config) -> dict:
     return {"recipe": flatten(dataclasses.asdict(config))}
 
 
+def identity(config: Config) -> dict:
+    """What the processes of a run must have in common: every option, versions, code."""
+    options = meta(config)["recipe"]
+    own = ("data.workers", "data.threads")  # a host's own affair
+    options = {f"config.{name}": value for name, value in options.items() if name not in own}
+    return options | {name: _version(name) for name in PACKAGES} | {"code": code_hash()}
+
+
 def check_resumable(workdir: Path, stored: dict, wanted: dict) -> None:
     """Refuses to go on with another recipe, source or teacher than the checkpoint's.
 
@@ -99,6 +108,16 @@ def check_resumable(workdir: Path, stored: dict, wanted: dict) -> None:
             f"start from these weights with --config.model.weights={workdir}. Differences:\n  "
             + "\n  ".join(lines)
         )
+
+
+def code_hash() -> str:
+    """A hash of the package's Python files, which tells two checkouts apart."""
+    root = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + b"\0")
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def _version(package: str) -> str | None:

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from protoclip_jax.distributed import Rows
+
 SAVE, LEAVE = 1, 2
 
 # Steps between asking the other processes and acting: the answer is there by then, so that nobody
@@ -45,7 +47,8 @@ class Requests:
         self._asked: collections.deque[jax.Array] = collections.deque()
         self._agree = None
         if jax.process_count() > 1:
-            self._by_device = NamedSharding(mesh, PartitionSpec(tuple(mesh.axis_names)))
+            by_device = NamedSharding(mesh, PartitionSpec(tuple(mesh.axis_names)))
+            self._devices = Rows(by_device, mesh.size)
             whole = NamedSharding(mesh, PartitionSpec())
             self._agree = jax.jit(jnp.max, out_shardings=whole)
 
@@ -82,9 +85,6 @@ class Requests:
             mine = max(mine, SAVE)
         if self._agree is None:
             return mine
-        count = jax.local_device_count()
-        flags = jax.make_array_from_process_local_data(
-            self._by_device, np.full(count, mine, np.int32)
-        )
-        self._asked.append(self._agree(flags))
+        flags = np.full(len(self._devices.local), mine, np.int32)
+        self._asked.append(self._agree(self._devices.on_devices(flags)))
         return int(self._asked.popleft()) if len(self._asked) > _LAG else 0

@@ -1,11 +1,14 @@
 """The TrainState: plain nested dicts on a mesh, each array made where it will lie."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from protoclip_jax.config import Config, ConfigError
@@ -18,8 +21,26 @@ BATCH_AXES = ("data", "fsdp")
 
 def make_mesh(fsdp: int = 1) -> Mesh:
     """All devices as (data, fsdp). The batch is spread over both axes."""
-    shape = (jax.device_count() // fsdp, fsdp)
-    return jax.make_mesh(shape, BATCH_AXES, axis_types=(AxisType.Auto, AxisType.Auto))
+    grid = arranged(jax.devices(), fsdp)
+    return Mesh(grid, BATCH_AXES, axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def arranged(devices: Sequence[jax.Device], fsdp: int) -> np.ndarray:
+    """Devices as a (data, fsdp) grid.
+
+    The chips of one TPU slice are laid by topology, so that collective operations run between
+    neighbours; that order is not the order of the processes, and need not be. Everything else, and
+    several slices, is laid process by process: the copies of a parameter's parts then stay inside a
+    host where they fit.
+    """
+    shape = (len(devices) // fsdp, fsdp)
+    slices = {getattr(device, "slice_index", 0) for device in devices}
+    if devices[0].platform == "tpu" and len(slices) == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    ordered = sorted(
+        devices, key=lambda d: (getattr(d, "slice_index", 0) or 0, d.process_index, d.id)
+    )
+    return np.array(ordered).reshape(shape)
 
 
 def model_of(config: Config) -> CLIPConfig:

@@ -65,8 +65,7 @@ def open_batches(source, **options):
         "threads": 2,
         "seed": 7,
         "image_size": SIZE,
-        "process_index": 0,
-        "process_count": 1,
+        "share": (0, 1),
         "unreadable": None,
         "sections": None,
     } | options
@@ -78,9 +77,11 @@ def open_batches(source, **options):
         for number, episode in enumerate(get("episodes")[first:])
     ]
     how = augmentation_named(get("augmentation"))
-    names = ("workers", "process_index", "process_count")
+    # Dealt like cards: the rows of a process need not be neighbours.
+    process, processes = get("share")
+    rows = np.arange(process, get("batch"), processes)
     return Batches(
-        Walk(sections, get("batch"), **{name: get(name) for name in names}),
+        Walk(sections, get("batch"), workers=get("workers"), rows=rows),
         Reading(
             source=source,
             tokenizer=Tokenizer(16),
@@ -143,7 +144,7 @@ def test_batches_equal_a_plain_loop(kind, name):
 
 
 def test_shapes_and_types():
-    batch = run(case_source("DIST-01"), process_count=2, process_index=1)[0]
+    batch = run(case_source("DIST-01"), share=(1, 2))[0]
     assert set(batch) == {*KEYS, "episode", "kind"}
     assert (batch["image"].shape, batch["image"].dtype) == ((2, SIZE, SIZE, 3), np.uint8)
     assert (batch["tokens"].shape, batch["tokens"].dtype) == ((2, 16), np.int32)
@@ -158,13 +159,13 @@ def test_processes_together_read_the_global_batch(kind, processes):
     source = case_source("IMG-01")  # with two rows to be replaced
     options = {"kind": kind, "augmentation": "light"}
     whole = run(source, **options)
-    parts = [
-        run(source, process_index=index, process_count=processes, **options)
-        for index in range(processes)
-    ]
+    parts = [run(source, share=(index, processes), **options) for index in range(processes)]
     joined = []
     for pieces in zip(*parts, strict=True):
-        joined.append({key: np.concatenate([piece[key] for piece in pieces]) for key in KEYS})
+        order = np.argsort(np.concatenate([piece["position"] for piece in pieces]))
+        joined.append(
+            {key: np.concatenate([piece[key] for piece in pieces])[order] for key in KEYS}
+        )
         joined[-1]["episode"] = pieces[0]["episode"]
     assert_equal_batches(joined, whole)
 
@@ -215,8 +216,7 @@ def test_unequal_rows_give_equal_steps():
                 kind=kind,
                 batch=batch,
                 episodes=[0],
-                process_index=index,
-                process_count=count,
+                share=(index, count),
             )
             for index in range(count)
         ]
@@ -243,8 +243,7 @@ def test_extraction_covers_every_position_once(processes):
             size=34,
             batch=16,
             episodes=[0],
-            process_index=index,
-            process_count=processes,
+            share=(index, processes),
         )
         steps.add(len(parts))
         for part in parts:
@@ -384,7 +383,6 @@ def test_check_start_stops_when_nothing_can_be_read(tmp_path):
     ("options", "message"),
     [
         ({"kind": "test"}, "kind 'test' is unknown: use one of train, extract"),
-        ({"batch": 5, "process_count": 2}, "5 does not divide over 2 processes"),
         ({"augmentation": "heavy"}, "'heavy' is unknown"),
     ],
 )

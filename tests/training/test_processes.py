@@ -14,7 +14,6 @@ import pytest
 from tiny_run import SMALL, metrics, untimed, write_pairs
 
 from protoclip_jax.config import ConfigError
-from protoclip_jax.training import processes
 
 ROOT = Path(__file__).parents[2]
 RECIPE = SMALL | {
