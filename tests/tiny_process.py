@@ -6,7 +6,7 @@ Writes the final state to OUT/state.npz, and the labels of each prototype episod
 and centroids they come from to OUT/labels-E.npz; process 0 alone does so. Each process P writes a
 hash of its parameters, at the start and after each episode, to OUT/hashes-P.txt, a line each, and
 how many pictures it decoded for evaluations to OUT/decoded-P.txt. The n-th evaluation's features go
-to OUT/features-n.npz.
+to OUT/features-n.npz. TINY_ORDER="0,2,1,3" lays the devices on the mesh in this order.
 """
 
 import hashlib
@@ -36,9 +36,18 @@ def main() -> None:
         import jax
 
         from protoclip_jax.evaluation import suite
-        from protoclip_jax.training import loop
+        from protoclip_jax.training import agreement, loop, state
         from protoclip_jax.training.checkpoint import Checkpoints
 
+        if order := os.environ.get("TINY_ORDER"):
+            arranged = state.arranged
+
+            def in_order(devices, fsdp):
+                grid = arranged(devices, fsdp)
+                return grid.reshape(-1)[[int(n) for n in order.split(",")]].reshape(grid.shape)
+
+            state.arranged = in_order
+        agreement.MARK_SECONDS = 5.0
         translate, close = loop.Trainer.back_translate, loop.Trainer.close
 
         def recorded(self, image, text, clusters):

@@ -104,7 +104,7 @@ def _reach_relay_without_proxy() -> None:
 
 
 class _Patience:
-    """Calls `waiting` every 15 s inside the `with`, and `give_up` when the time is over."""
+    """Inside the `with`: calls `waiting` now and then, and `give_up` when the time is over."""
 
     def __init__(self, seconds: float, waiting, give_up):
         self._seconds, self._waiting, self._give_up = seconds, waiting, give_up
@@ -115,8 +115,8 @@ class _Patience:
 
     def _run(self) -> None:
         waited = 0.0
-        while not self._over.wait(15):
-            waited += 15
+        while not self._over.wait(5 if not waited else 15):
+            waited += 15 if waited else 5
             if waited >= self._seconds:
                 self._give_up()
             self._waiting(waited)

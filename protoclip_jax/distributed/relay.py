@@ -92,7 +92,7 @@ def wait_for(relay: Relay, seconds: float, say: Callable[[float], None]) -> bool
     Args:
         relay: To it.
         seconds: To wait at most.
-        say: Called with the seconds waited so far, every 15 seconds.
+        say: Called with the seconds waited so far, after 5 seconds and then every 15.
 
     Returns:
         Whether it does.
@@ -103,7 +103,7 @@ def wait_for(relay: Relay, seconds: float, say: Callable[[float], None]) -> bool
         waited = time.monotonic() - start
         if waited >= seconds:
             return False
-        if waited - told >= 15:
+        if waited - told >= (15 if told else 5):
             told = waited
             say(waited)
         time.sleep(0.5)

@@ -77,7 +77,8 @@ def meta(config: Config) -> dict:
 def identity(config: Config) -> dict:
     """What the processes of a run must have in common: every option, versions, code."""
     options = meta(config)["recipe"]
-    own = ("data.workers", "data.threads")  # a host's own affair
+    # A host's own affair; where the data lie may differ too, and their fingerprints are compared.
+    own = ("data.workers", "data.threads", "data.train", "data.teacher", "data.image_root")
     options = {f"config.{name}": value for name, value in options.items() if name not in own}
     return options | {name: _version(name) for name in PACKAGES} | {"code": code_hash()}
 

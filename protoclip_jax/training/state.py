@@ -25,7 +25,7 @@ def make_mesh(fsdp: int = 1) -> Mesh:
     return Mesh(grid, BATCH_AXES, axis_types=(AxisType.Auto, AxisType.Auto))
 
 
-def arranged(devices: Sequence[jax.Device], fsdp: int) -> np.ndarray:
+def arranged(devices: Sequence[Any], fsdp: int) -> np.ndarray:
     """Devices as a (data, fsdp) grid.
 
     The chips of one TPU slice are laid by topology, so that collective operations run between
