@@ -5,6 +5,8 @@ from typing import Any
 
 import jax
 
+from protoclip_jax import distributed
+
 # Peak of dense bfloat16 products a device, in FLOP/s, by what its kind starts with: vendors'
 # data sheets.
 PEAKS = (
@@ -48,7 +50,10 @@ class CompiledStep:
 
     def _compile(self, *arguments: Any) -> tuple[Callable, float | None]:
         lowered = self._function.lower(*arguments)
-        return lowered.compile(), (lowered.cost_analysis() or {}).get("flops")
+        program = lowered.compile()
+        # Collective operations give up on a process that compiles half a minute longer.
+        distributed.barrier()
+        return program, (lowered.cost_analysis() or {}).get("flops")
 
 
 def peak_flops(device: jax.Device) -> float | None:
