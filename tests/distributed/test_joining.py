@@ -67,6 +67,7 @@ def heard(processes: list[subprocess.Popen]) -> list[dict]:
     return found
 
 
+@pytest.mark.core
 def test_two_processes_talk(start):
     first, second = heard(pair(start, "talk"))
     for one in (first, second):
@@ -78,6 +79,7 @@ def test_two_processes_talk(start):
     assert first["alone"]  # an event to which the other one does not come
 
 
+@pytest.mark.core
 def test_one_task_of_slurm_a_node_sees_all_of_its_devices(start):
     """JAX's own default is the one device of the task's local number."""
     env = LEFT_OVER | {"JAX_COORDINATOR_PORT": str(free_port())}
