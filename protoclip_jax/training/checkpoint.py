@@ -6,9 +6,9 @@ takes what it needs: `params`, `batch_stats`, `opt_state`, `meta` (JSON), and in
 """
 
 import json
+import os
 import shutil
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from protoclip_jax import distributed
 from protoclip_jax.config import CheckpointConfig, ConfigError
+from protoclip_jax.storage.paths import AnyPath, absolute, is_remote, workdir_at
 
 ITEMS = ("params", "batch_stats", "opt_state")
 DAMAGED = "damaged"  # prefix of the folders that are passed over
@@ -34,7 +35,7 @@ class Checkpoints:
 
     def __init__(
         self,
-        workdir: str | Path,
+        workdir: str | os.PathLike,
         keep: CheckpointConfig | None = None,
         steps_per_episode: int = 1,
     ):
@@ -43,7 +44,7 @@ class Checkpoints:
             preservation_policy=_policy(keep or CheckpointConfig(), steps_per_episode),
             enable_async_checkpointing=True,
         )
-        self._directory = Path(workdir).absolute() / "checkpoints"
+        self._directory = workdir_at(absolute(workdir)) / "checkpoints"
         self._damaged: list[int] = []
         # Named, so that a fresh process knows what each item is before it reads it.
         handlers = {name: ocp.StandardCheckpointHandler() for name in (*ITEMS, "episode")}
@@ -62,8 +63,13 @@ class Checkpoints:
 
     def leftovers(self) -> list[str]:
         """Names of folders that a kill left behind half-written. They are never read."""
-        found = self._directory.glob("*orbax-checkpoint-tmp*")
-        return sorted(path.name for path in found)
+        if not is_remote(self._directory):
+            found = self._directory.glob("*orbax-checkpoint-tmp*")
+            return sorted(path.name for path in found)
+        # In a bucket nothing is renamed: a mark is written last, without which it does not count.
+        whole = {str(step) for step in self.all()}
+        names = {path.name for path in self._directory.iterdir()} - whole
+        return sorted(name for name in names if name.isdecimal())
 
     def save(
         self,
@@ -159,7 +165,7 @@ class Checkpoints:
                 target = self._directory / f"{DAMAGED}-{step}"
                 while target.exists():
                     target = target.with_name(target.name + "-again")
-                shutil.move(self._directory / str(step), target)
+                (self._directory / str(step)).rename(target)
         if steps:
             distributed.barrier()  # they are put aside
             self._manager.reload()
@@ -226,7 +232,7 @@ class Checkpoints:
 class _Told:
     """Turns whatever a writer raises into one line that says what is safe."""
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: AnyPath):
         self._directory = directory
 
     def __enter__(self):
@@ -236,10 +242,13 @@ class _Told:
         if error is None or not isinstance(error, Exception):
             return
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-        free = shutil.disk_usage(self._directory).free / 1e9
+        room, what = "", "see to it"
+        if not is_remote(self._directory):
+            room = f" ({shutil.disk_usage(self._directory).free / 1e9:.1f} GB free)"
+            what = "make room"
         raise CheckpointError(
-            f"cannot write a checkpoint to {self._directory} ({free:.1f} GB free): {reason}. The "
-            "older ones are intact; make room, then the same command goes on from the newest"
+            f"cannot write a checkpoint to {self._directory}{room}: {reason}. The older ones are "
+            f"intact; {what}, then the same command goes on from the newest"
         ) from error
 
 
