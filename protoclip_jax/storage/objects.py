@@ -98,15 +98,19 @@ def listing(folder: str, pattern: str = "*") -> dict[str, Status]:
     Raises:
       As `read`, but for FileNotFoundError.
     """
-    files = _files(folder)
-    try:
-        found = retried(folder, lambda: files.ls(folder.rstrip("/"), detail=True))
-    except FileNotFoundError:
-        return {}
-    by_name = {os.path.basename(entry["name"]): entry for entry in found if _is_file(entry)}
+    by_name = {name: entry for name, entry in _entries(folder) if entry["type"] == "file"}
     return {
         name: _status(by_name[name]) for name in sorted(by_name) if fnmatch.fnmatch(name, pattern)
     }
+
+
+def folders(folder: str) -> list[str]:
+    """Names of the folders right below a folder, sorted; none where there is no such folder.
+
+    Raises:
+      As `read`, but for FileNotFoundError.
+    """
+    return sorted(name for name, entry in _entries(folder) if entry["type"] == "directory")
 
 
 def make_folder(path: AnyPath) -> None:
@@ -194,8 +198,20 @@ def _range(files: fsspec.AbstractFileSystem, path: str, start: int, end: int) ->
         raise
 
 
-def _is_file(entry: dict) -> bool:
-    return entry.get("type") == "file"
+def _entries(folder: str) -> list[tuple[str, dict]]:
+    """What is right below a folder, by name."""
+    files, path = _files(folder), folder.rstrip("/")
+    try:
+        found = retried(folder, lambda: files.ls(path, detail=True))
+    except FileNotFoundError:
+        return []
+    names = [entry["name"].rstrip("/") for entry in found]
+    # A folder's own mark, which some tools write, is no part of it.
+    return [
+        (os.path.basename(name), entry)
+        for name, entry in zip(names, found, strict=True)
+        if not path.endswith(name)
+    ]
 
 
 def _status(entry: dict) -> Status:

@@ -5,6 +5,8 @@ takes what it needs: `params`, `batch_stats`, `opt_state`, `meta` (JSON), and in
 `episode`: its prototypes and labels.
 """
 
+import contextlib
+import functools
 import json
 import os
 import shutil
@@ -15,12 +17,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jaxtyping import Array, UInt32
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from protoclip_jax import distributed
 from protoclip_jax.config import CheckpointConfig, ConfigError
+from protoclip_jax.storage import objects
 from protoclip_jax.storage.paths import AnyPath, absolute, is_remote, workdir_at
+from protoclip_jax.storage.retries import retried
 
 ITEMS = ("params", "batch_stats", "opt_state")
 DAMAGED = "damaged"  # prefix of the folders that are passed over
@@ -46,6 +51,7 @@ class Checkpoints:
         )
         self._directory = workdir_at(absolute(workdir)) / "checkpoints"
         self._damaged: list[int] = []
+        self._unfinished: list[str] = []
         # Named, so that a fresh process knows what each item is before it reads it.
         handlers = {name: ocp.StandardCheckpointHandler() for name in (*ITEMS, "episode")}
         handlers["meta"] = ocp.JsonCheckpointHandler()
@@ -68,8 +74,8 @@ class Checkpoints:
             return sorted(path.name for path in found)
         # In a bucket nothing is renamed: a mark is written last, without which it does not count.
         whole = {str(step) for step in self.all()}
-        names = {path.name for path in self._directory.iterdir()} - whole
-        return sorted(name for name in names if name.isdecimal())
+        names = objects.folders(str(self._directory))
+        return [name for name in names if name.isdecimal() and name not in whole]
 
     def save(
         self,
@@ -116,7 +122,7 @@ class Checkpoints:
         """The newest checkpoint that reads back whole, by its number, and what `read` made of it.
 
         One that does not is named and passed over. Reading changes nothing in the folder; the next
-        `save` gives it another name, and nothing deletes it.
+        `save` gives it another name, and nothing deletes it. What was never finished goes then.
 
         Args:
           read: takes a number; whatever it raises but ConfigError means damage.
@@ -129,7 +135,8 @@ class Checkpoints:
           ConfigError: there are checkpoints, and none of them can be read.
           CheckpointError: this process cannot read one that others can.
         """
-        for name in self.leftovers():
+        self._unfinished = self.leftovers()
+        for name in self._unfinished:
             say(f"checkpoints/{name} was never finished: passed over")
         self._damaged = []
         for step in reversed(self.all()):
@@ -158,9 +165,17 @@ class Checkpoints:
         return None
 
     def _put_aside(self) -> None:
-        """Renames what was found damaged: a save of the same step must find its place free."""
+        """Renames what was found damaged: a save of the same step must find its place free.
+
+        Removes what a kill left half-written, which would else pile up.
+        """
         steps, self._damaged = self._damaged, []
+        unfinished, self._unfinished = self._unfinished, []
         if jax.process_index() == 0:
+            for name in unfinished:
+                with contextlib.suppress(OSError):  # a save that succeeds is worth more
+                    path = self._directory / name
+                    retried(str(path), functools.partial(epath.Path(path).rmtree, missing_ok=True))
             for step in steps:
                 target = self._directory / f"{DAMAGED}-{step}"
                 while target.exists():

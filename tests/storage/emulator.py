@@ -9,14 +9,16 @@ What is put under /_faults as JSON, a list of rules, is done to later requests:
 GET /_requests gives the requests so far, a line each.
 """
 
+import contextlib
 import json
+import logging
 import re
 import sys
 import threading
 import time
 from functools import partial, partialmethod
 from http.server import ThreadingHTTPServer
-from urllib.parse import unquote
+from urllib.parse import parse_qs, unquote, urlparse
 
 from gcp_storage_emulator.exceptions import NotFound
 from gcp_storage_emulator.handlers import buckets
@@ -61,7 +63,7 @@ class Handler(RequestHandler):
         pass
 
     def answer(self, method: str) -> None:
-        path = unquote(self.path)
+        path, self._generation = unquote(self.path), "0"
         if path.startswith("/_"):
             self._control(method)
             return
@@ -76,10 +78,11 @@ class Handler(RequestHandler):
             self._plain(400)
         else:
             with self.server.lock:
-                if self._range_is_satisfiable(path):
+                refusal = self._refusal(path)
+                if refusal is None:
                     getattr(RequestHandler, f"do_{method}")(self)
                 else:
-                    self._plain(416)
+                    self._plain(refusal)
 
     def _control(self, method: str) -> None:
         if method == "PUT":
@@ -96,21 +99,38 @@ class Handler(RequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def _range_is_satisfiable(self, path: str) -> bool:
+    def _refusal(self, path: str) -> int | None:
+        """The status for a precondition or a range that does not hold."""
+        url = urlparse(self.path)
+        query = {name: values[0] for name, values in parse_qs(url.query).items()}
+        place = re.search(r"/b/([^/]+)/o(?:/([^?]+))?", unquote(url.path))
+        self._generation, size = "0", 0
+        if place is None or not (name := place[2] or query.get("name")):
+            return None
+        with contextlib.suppress(NotFound):
+            found = self.server.storage.get_file_obj(place[1], name)
+            self._generation, size = found["generation"], int(found["size"])
+        if query.get("ifGenerationMatch", self._generation) != self._generation:
+            return 412
+        if query.get("ifGenerationNotMatch") == self._generation:
+            return 304
+        return self._range_refusal(size) if self._generation != "0" else None
+
+    def _range_refusal(self, size: int) -> int | None:
         """Writes a range from the end on as one from the start, which the emulator knows."""
         asked = _RANGE.fullmatch(self.headers.get("Range") or "")
-        place = re.search(r"/b/([^/]+)/o/([^?]+)", path)
-        if asked is None or place is None:
-            return True
-        try:
-            size = int(self.server.storage.get_file_obj(*place.groups())["size"])
-        except NotFound:
-            return True
+        if asked is None:
+            return None
         start, end = asked.groups()
         if not start:
             start, end = max(0, size - int(end)), size - 1
         self.headers.replace_header("Range", f"bytes={start}-{end}")
-        return int(start) < size
+        return None if int(start) < size else 416
+
+    def end_headers(self):
+        if self.command == "GET" and self._generation != "0":
+            self.send_header("x-goog-generation", self._generation)
+        super().end_headers()
 
     do_GET = partialmethod(answer, "GET")
     do_POST = partialmethod(answer, "POST")
@@ -120,4 +140,5 @@ class Handler(RequestHandler):
 
 
 if __name__ == "__main__":
+    logging.disable()  # a missing object is nothing to tell
     Server(int(sys.argv[1]), sys.argv[2]).serve_forever()
