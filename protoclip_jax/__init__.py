@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
 __all__ = ["load"]
 
 
-def load(workdir: str | Path, step: int | None = None) -> Encoder:
+def load(workdir: str | os.PathLike, step: int | None = None) -> Encoder:
     """The model that a run trained.
 
     Args:
-      workdir: the run's folder.
+      workdir: the run's folder, local or gs://.
       step: number of a checkpoint; None for the newest.
 
     Returns:
@@ -25,6 +25,7 @@ def load(workdir: str | Path, step: int | None = None) -> Encoder:
       ConfigError: no run, or no such checkpoint, in the folder.
     """
     # Imported here, so that `import protoclip_jax` costs nothing.
+    from protoclip_jax.storage.paths import workdir_at
     from protoclip_jax.training.restore import restore_encoder
 
-    return restore_encoder(Path(workdir), step)
+    return restore_encoder(workdir_at(workdir), step)

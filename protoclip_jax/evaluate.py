@@ -25,6 +25,9 @@ from pathlib import Path
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from protoclip_jax.data.source_options import WHAT, add_source_options, chosen_source
+from protoclip_jax.storage import objects
+from protoclip_jax.storage.atomic import write_json
+from protoclip_jax.storage.paths import AnyPath, workdir_at
 
 # The rest is imported late where it takes seconds: --help and a wrong option answer at once.
 
@@ -39,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--workdir", required=True, type=Path, help="folder of a training run")
+    parser.add_argument("--workdir", required=True, help="folder of a training run, or gs://...")
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--source",
@@ -76,6 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     options = build_parser().parse_args(arguments)
     try:
+        options.workdir = workdir_at(options.workdir)
         if not options.workdir.is_dir():
             raise ValueError(f"{options.workdir} is not a folder: give the --workdir of a run")
         title, metrics, chance = measure(options)
@@ -128,7 +132,7 @@ def _measure_folder(options: argparse.Namespace) -> tuple[str, Metrics, Metrics]
     return str(options.folder), metrics, folder_chance(test, train)
 
 
-def _load(workdir: Path):
+def _load(workdir: AnyPath):
     from protoclip_jax import load
 
     return load(workdir)
@@ -145,28 +149,29 @@ def print_table(options: argparse.Namespace, metrics: Metrics, chance: Metrics) 
     print(comparison_table(columns, chance))
 
 
-def untrained_metrics(workdir: Path) -> Metrics:
+def untrained_metrics(workdir: AnyPath) -> Metrics:
     """The evaluation of the run at step 0, from its metrics.jsonl; empty if there was none."""
-    path = workdir / "metrics.jsonl"
-    for text in path.read_text().splitlines() if path.exists() else []:
-        line = json.loads(text)
+    from protoclip_jax.training.logging import read_metrics
+
+    for line in read_metrics(workdir):
         if "zero_shot/top1" in line:
             values = {name: value for name, value in line.items() if isinstance(value, float)}
             return values if line.get("step") == 0 else {}
     return {}
 
 
-def record(workdir: Path, title: str, metrics: Metrics, chance: Metrics) -> Path:
+def record(workdir: AnyPath, title: str, metrics: Metrics, chance: Metrics) -> AnyPath:
     """Adds an evaluation to the workdir's evaluation.json, in place of an older one of its name.
 
     The file is {what: {"metrics": {...}, "chance": {...}}}; values that are not finite are null.
     """
     path = workdir / "evaluation.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
+    try:
+        known = json.loads(objects.read_text(path))
+    except FileNotFoundError:
+        known = {}
     known[title] = {"metrics": _finite(metrics), "chance": _finite(chance)}
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(known, indent=1, allow_nan=False) + "\n")
-    part.replace(path)
+    write_json(path, known)
     return path
 
 

@@ -12,15 +12,15 @@ by the environment of Slurm, Open MPI or GKE's TPUs, by --distributed on a Cloud
 --coordinator, --num_processes and --process_id. The workdir must be one folder for all.
 
 Exit codes: 0 done; 1 the run cannot go on (not finite, no checkpoint can be written); 2 this
-cannot be run; 75 saved and left on SIGTERM or SIGINT: start the same command again; 76 another
-process of the run was lost, or did not come: start the same command again; 130 interrupted at once.
+cannot be run; 75 saved and left on SIGTERM or SIGINT, or a bucket gave no answer for minutes: start
+the same command again; 76 another process of the run was lost, or did not come: start the same
+command again; 130 interrupted at once.
 """
 
 import os
 import sys
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 
 # XLA's and orbax's chatter would break the progress bar; errors still show.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -33,7 +33,7 @@ from protoclip_jax.recipe import OVERRIDE, configured
 LEFT = 75  # EX_TEMPFAIL: what a scheduler may start again
 
 _CONFIG = flags.DEFINE_string("config", None, "A recipe, for example configs/quickstart.py.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run: all that it writes.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run, or gs://BUCKET/FOLDER.")
 _PROFILE = flags.DEFINE_string("profile", None, "FIRST:LAST, steps to trace to WORKDIR/profile.")
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "Join the other hosts of this Cloud TPU slice."
@@ -57,11 +57,7 @@ def run(argv: Sequence[str]) -> int:
         configured(_CONFIG.value, overrides, num_devices=None)
         if _WORKDIR.value is None and not _DRY_RUN.value:
             raise ConfigError("--workdir=FOLDER is missing, for example --workdir=runs/quickstart")
-        if _WORKDIR.value is not None and "://" in _WORKDIR.value:
-            raise ConfigError(
-                f"--workdir={_WORKDIR.value} is no folder: mount the bucket (gcsfuse) on every "
-                "host, and name the folder"
-            )
+        workdir = _workdir(_WORKDIR.value)
         # Imported late, so that a wrong option is refused without waiting for JAX.
         import jax
 
@@ -81,7 +77,7 @@ def run(argv: Sequence[str]) -> int:
         else:
             if jax.process_index() == 0:
                 print(f"protoclip_jax: {devices}", file=sys.stderr)
-            loop.train(config, Path(_WORKDIR.value), _PROFILE.value)
+            loop.train(config, workdir, _PROFILE.value)
     except BaseException as error:
         if distributed is not None and _of_runtime(error):
             distributed.wait_for_cause()
@@ -89,7 +85,8 @@ def run(argv: Sequence[str]) -> int:
         if code is None:
             traceback.print_exc()
             code = 1
-        if distributed is not None and code != LEFT:
+        # Processes that leave on a signal do so together; of anything else the others are told.
+        if distributed is not None and type(error).__name__ != "Leaving":
             distributed.fail(error, code)
         return code
     return 0
@@ -102,12 +99,33 @@ def _of_runtime(error: BaseException) -> bool:
     )
 
 
+def _workdir(text: str | None):
+    """The path that was named.
+
+    Raises:
+      ConfigError: nothing can be written there.
+    """
+    # Imported late, so that a wrong option is refused at once.
+    from protoclip_jax.storage.paths import workdir_at
+
+    try:
+        return None if text is None else workdir_at(text)
+    except ValueError as error:
+        raise ConfigError(f"--workdir={error}") from error
+
+
 def _told(error: BaseException) -> int | None:
     """Says in a line what ended the run; its exit code, or None where that is a fault of ours."""
     name = type(error).__name__
     if isinstance(error, ConfigError):
         print(f"protoclip_jax: {error}", file=sys.stderr)
         return 2
+    if name == "Unreachable":
+        print(
+            f"protoclip_jax: {error}; the same command goes on from the last checkpoint",
+            file=sys.stderr,
+        )
+        return LEFT
     if isinstance(error, FloatingPointError) or name == "CheckpointError":
         print(f"protoclip_jax: {error}", file=sys.stderr)
         return 1

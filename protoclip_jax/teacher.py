@@ -66,9 +66,13 @@ def make(options: argparse.Namespace) -> None:
     from protoclip_jax.data.sentence_encoders import open_encoder
     from protoclip_jax.data.teacher import open_teacher
     from protoclip_jax.data.teacher_maker import TeacherSettings, make_teacher, pca_path
+    from protoclip_jax.storage.copies import local_copy
+    from protoclip_jax.storage.paths import local_only
+
+    local_only(options.out, "the features are")
 
     source = chosen_source(options)
-    given = load_pca(options.pca) if options.pca else None
+    given = load_pca(local_copy(options.pca)) if options.pca else None
     settings = TeacherSettings(options.encoder, options.dimensions, options.fit, options.dtype)
     pca = make_teacher(source, open_encoder(options.encoder), options.out, settings, pca=given)
     teacher = open_teacher(options.out, len(source))

@@ -6,11 +6,13 @@ Writes the final state to OUT/state.npz, and the labels of each prototype episod
 and centroids they come from to OUT/labels-E.npz; process 0 alone does so. Each process P writes a
 hash of its parameters, at the start and after each episode, to OUT/hashes-P.txt, a line each, and
 how many pictures it decoded for evaluations to OUT/decoded-P.txt. The n-th evaluation's features go
-to OUT/features-n.npz. TINY_ORDER="0,2,1,3" lays the devices on the mesh in this order.
+to OUT/features-n.npz. TINY_ORDER="0,2,1,3" lays the devices on the mesh in this order. TINY_SIGTERM=N
+asks the process to leave in its step N.
 """
 
 import hashlib
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -106,6 +108,16 @@ def main() -> None:
                 return extract(self, episode, batches)
 
             loop.Trainer.extract = broken
+        stop = os.environ.get("TINY_SIGTERM", "")
+        if stop:
+            train_inputs = loop.Trainer.train_inputs
+
+            def asked(self, *arguments):
+                if self.done + 1 == int(stop):  # heard after the step of these inputs
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return train_inputs(self, *arguments)
+
+            loop.Trainer.train_inputs = asked
         unreadable = os.environ.get("TINY_UNREADABLE", "")
         if unreadable:
             read, newest = Checkpoints._read, []

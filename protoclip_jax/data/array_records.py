@@ -7,6 +7,8 @@ A set is a folder:
 - `meta.json`, written last: format and version, number of pairs, shards, what was left out,
   source, shorter side and encoding, and the fingerprint.
 - `outcomes/` and `unreadable.tsv`: what became of every row of the source.
+
+A set in a bucket is read where it lies (see `record_files`).
 """
 
 import hashlib
@@ -14,12 +16,12 @@ import json
 import os
 import struct
 from collections.abc import Iterable
-from pathlib import Path
 
 from protoclip_jax.data.decoding import UnreadableImage
-from protoclip_jax.data.files import is_remote
 from protoclip_jax.data.left_out import LeftOut
 from protoclip_jax.data.record_files import RecordFile, RecordFiles
+from protoclip_jax.storage import objects
+from protoclip_jax.storage.paths import absolute, is_remote
 
 FORMAT = "protoclip_jax pairs"
 VERSION = 1
@@ -56,10 +58,8 @@ def fingerprint(digests: Iterable[str]) -> str:
 
 
 def is_array_records(folder: str) -> bool:
-    """Whether a local folder is such a set, finished or not."""
-    return not is_remote(folder) and any(
-        os.path.exists(os.path.join(folder, name)) for name in (META, SETTINGS)
-    )
+    """Whether a local or remote folder is such a set, finished or not."""
+    return any(objects.is_file(os.path.join(folder, name)) for name in (META, SETTINGS))
 
 
 class ArrayRecordPairs:
@@ -83,7 +83,7 @@ class ArrayRecordPairs:
         """
         self.name = os.fspath(folder)
         self.meta = _read_meta(self.name)
-        self._records = RecordFiles([self._file(shard) for shard in self.meta["shards"]])
+        self._records = RecordFiles(self._files())
         if not len(self):
             raise ValueError(f"{self.name} holds 0 pairs: no picture could be converted")
         self.fingerprint = self.meta["fingerprint"]
@@ -92,15 +92,23 @@ class ArrayRecordPairs:
             for reason, entry in self.meta["unreadable"].items()
         }
 
-    def _file(self, shard: dict) -> RecordFile:
-        path = Path(self.name).absolute() / shard["file"]  # a worker may start in another folder
-        size = path.stat().st_size
-        if size != shard["bytes"]:
-            raise ValueError(
-                f"{self.name}: {shard['file']} has {size} bytes and was written with "
-                f"{shard['bytes']}: copy it again"
-            )
-        return RecordFile(str(path), 0, shard["pairs"])
+    def _files(self) -> list[RecordFile]:
+        """The shards, which have the sizes that they were written with."""
+        folder, shards = absolute(self.name), self.meta["shards"]
+        paths = [os.path.join(folder, shard["file"]) for shard in shards]
+        if is_remote(folder):
+            sizes = [found.size for found in objects.statuses(paths)]
+        else:
+            sizes = [os.path.getsize(path) for path in paths]
+        for shard, size in zip(shards, sizes, strict=True):
+            if size != shard["bytes"]:
+                raise ValueError(
+                    f"{self.name}: {shard['file']} has {size} bytes and was written with "
+                    f"{shard['bytes']}: copy it again"
+                )
+        return [
+            RecordFile(path, 0, shard["pairs"]) for path, shard in zip(paths, shards, strict=True)
+        ]
 
     def __len__(self) -> int:
         return len(self._records)
@@ -108,8 +116,9 @@ class ArrayRecordPairs:
     def read(self, row: int) -> tuple[bytes, str]:
         """The picture's file and the caption.
 
-        Raises:
-          UnreadableImage: the record is damaged, or its shard gone.
+          Raises:
+            UnreadableImage: the record is damaged, or its shard gone.
+        Unreachable: remote storage gave no answer for minutes.
         """
         _, caption, picture = unpack(self._record(row))
         return picture, caption
@@ -133,15 +142,17 @@ class ArrayRecordPairs:
 
 
 def _read_meta(folder: str) -> dict:
-    path = Path(folder) / META
-    if not path.exists():
-        if (Path(folder) / SETTINGS).exists():
+    path = os.path.join(folder, META)
+    try:
+        text = objects.read_text(path)
+    except FileNotFoundError:
+        if objects.is_file(os.path.join(folder, SETTINGS)):
             raise ValueError(
                 f"{folder} is not finished: run the `prepare convert` that began it again"
-            )
-        raise FileNotFoundError(f"{folder} holds no {META} of `prepare convert`")
+            ) from None
+        raise FileNotFoundError(f"{folder} holds no {META} of `prepare convert`") from None
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
+        meta = json.loads(text)
         known = meta["format"], meta["version"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged or not made by `prepare convert`") from error

@@ -1,16 +1,7 @@
-"""Paths and file contents: the one place that touches the file system for pictures.
+"""The content of a picture's file, local or remote."""
 
-A path with a scheme, such as gs://bucket/pairs.tsv, is opened through `etils.epath`.
-"""
-
-import atexit
 import os
-import shutil
 import stat
-import tempfile
-from pathlib import Path
-
-from etils import epath
 
 from protoclip_jax.data.decoding import (
     EMPTY,
@@ -20,76 +11,11 @@ from protoclip_jax.data.decoding import (
     TOO_LARGE,
     UnreadableImage,
 )
+from protoclip_jax.storage import objects
+from protoclip_jax.storage.paths import is_remote
+from protoclip_jax.storage.retries import Unreachable
 
 MAX_BYTES = 256 * 2**20  # of a picture's file
-
-
-def is_remote(path: str | os.PathLike) -> bool:
-    """Whether a path has a scheme, such as gs://."""
-    return "://" in os.fspath(path)
-
-
-def local_folder(path: str | os.PathLike) -> Path:
-    """A folder to write to.
-
-    Raises:
-      ValueError: it is remote.
-    """
-    if is_remote(path):
-        raise ValueError(
-            f"--out {path}: shards are written to a local folder, copy them afterwards"
-        )
-    return Path(path)
-
-
-def absolute(path: str | os.PathLike) -> str:
-    """The path as a process started in another folder finds it."""
-    return os.fspath(path) if is_remote(path) else os.path.abspath(path)
-
-
-def full_path(root: str, path: str) -> str:
-    """`path` below `root`, or as it is when absolute or remote."""
-    return path if is_remote(path) else os.path.join(root, path)
-
-
-def remote_path(path: str) -> epath.Path:
-    """A remote file or folder.
-
-    Raises:
-      ValueError: an unknown scheme, or the package that reads it is not installed.
-    """
-    try:
-        remote = epath.Path(path)
-        remote.exists()  # the package is looked for at the first access
-    except ImportError as error:
-        package = "gcsfs" if path.startswith("gs://") else "for it"
-        raise ValueError(f"{path} needs a package: pip install {package} ({error})") from error
-    except (KeyError, NotImplementedError) as error:
-        scheme = path.partition("://")[0]
-        raise ValueError(
-            f"{path}: no way to read {scheme}://, use gs:// or a local path"
-        ) from error
-    return remote
-
-
-def local_copy(path: str | os.PathLike) -> str:
-    """Absolute path of a local file, or of a copy of a remote one that lasts as long as we do."""
-    if not is_remote(path):
-        return os.path.abspath(path)
-    with (
-        remote_path(os.fspath(path)).open("rb") as remote,
-        tempfile.NamedTemporaryFile(
-            prefix="protoclip_", suffix=os.path.basename(path), delete=False
-        ) as copy,
-    ):
-        atexit.register(_remove, copy.name, os.getpid())
-        shutil.copyfileobj(remote, copy, 2**24)
-    return copy.name
-
-
-def _remove(path: str, owner: int) -> None:
-    if os.getpid() == owner and os.path.exists(path):
-        os.unlink(path)
 
 
 def read_picture(path: str) -> bytes:
@@ -97,6 +23,7 @@ def read_picture(path: str) -> bytes:
 
     Raises:
       UnreadableImage: it is missing, empty, not a regular file, too large or not to be opened.
+      Unreachable: remote storage gave no answer for minutes, which says nothing of the picture.
     """
     if "\0" in path:
         raise UnreadableImage(MISSING, "a zero byte in the path")
@@ -123,15 +50,17 @@ def read_picture(path: str) -> bytes:
 
 def _read_remote(path: str) -> bytes:
     try:
-        data = epath.Path(path).read_bytes()
+        data = objects.read(path, 0, MAX_BYTES + 1)
     except FileNotFoundError as error:
         raise UnreadableImage(MISSING) from error
     except IsADirectoryError as error:
         raise UnreadableImage(NOT_A_FILE, "a folder") from error
+    except Unreachable:
+        raise
     except OSError as error:
         raise UnreadableImage(NO_ACCESS, str(error)) from error
     if len(data) > MAX_BYTES:
-        raise UnreadableImage(TOO_LARGE, f"{len(data)} bytes")
+        raise UnreadableImage(TOO_LARGE, f"more than {MAX_BYTES} bytes")
     if not data:
         raise UnreadableImage(EMPTY)
     return data

@@ -20,7 +20,9 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Int
 
-from protoclip_jax.data.files import absolute, full_path, local_copy, read_picture
+from protoclip_jax.data.files import read_picture
+from protoclip_jax.storage.copies import local_copy
+from protoclip_jax.storage.paths import absolute, full_path
 
 NO_PATH = "no path"
 NO_CAPTION = "no caption"
@@ -51,7 +53,7 @@ class PairList:
     """The pairs of a list in its order; a `PairSource`.
 
     Memory: a quarter of a byte a row and 8 bytes a dropped row; the file itself is mapped, so
-    processes share it. A remote list (gs://) is copied to a temporary file first.
+    processes share it. Of a remote list (gs://) a local copy is mapped.
 
     Attributes:
       name: the list's path.

@@ -5,11 +5,12 @@ from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 from protoclip_jax.data.array_records import ArrayRecordPairs, is_array_records
-from protoclip_jax.data.files import is_remote
 from protoclip_jax.data.pair_list import PairList
 from protoclip_jax.data.subset import Subset
 from protoclip_jax.data.tars import TarPairs, tar_paths
 from protoclip_jax.data.tfds_pairs import TfdsPairs, is_tfds
+from protoclip_jax.storage import objects
+from protoclip_jax.storage.paths import is_remote
 
 
 @runtime_checkable
@@ -91,9 +92,7 @@ KINDS: tuple[tuple[str, Callable[[str], bool], Callable[[str, dict], PairSource]
 
 def _found(spec: str) -> str:
     """What there is under a name that no kind recognises."""
-    if is_remote(spec):
-        return " (ArrayRecord sets are read from local folders only: mount the bucket)"
-    if os.path.isdir(spec):
+    if os.path.isdir(spec) or (is_remote(spec) and objects.exists(spec)):
         return " (a folder without meta.json, dataset_info.json or .tar files)"
     return "" if os.path.exists(spec) else " (no such file or folder)"
 

@@ -19,9 +19,12 @@ import numpy as np
 from jaxtyping import Int, Shaped
 from tqdm import tqdm
 
-from protoclip_jax.data.files import MAX_BYTES, is_remote, remote_path
+from protoclip_jax.data.files import MAX_BYTES
 from protoclip_jax.data.left_out import LeftOut
 from protoclip_jax.data.tar_members import BLOCK, Read, members
+from protoclip_jax.storage import objects
+from protoclip_jax.storage.cache import cache_folders, writable
+from protoclip_jax.storage.paths import is_remote
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "ppm")
 NO_PICTURE = "no picture"
@@ -71,7 +74,7 @@ def tar_index(tars: list[str]) -> TarIndex:
         if (folder / f"{key}.json").exists():
             return _load(folder / key)
     for folder in folders:
-        if _writable(folder):
+        if writable(folder):
             _make(tars, folder / key)
             return _load(folder / key)
     raise ValueError(f"no folder for the index of {tars[0]} can be written: {folders}")
@@ -79,28 +82,19 @@ def tar_index(tars: list[str]) -> TarIndex:
 
 def _state(tars: list[str]) -> list[tuple]:
     """What changes when a tar does."""
-    state = []
-    for tar in tars:
-        found = remote_path(tar).stat() if is_remote(tar) else os.stat(tar)
-        size = found.length if is_remote(tar) else found.st_size
-        changed = found.mtime if is_remote(tar) else found.st_mtime_ns
-        state.append((os.path.basename(tar), size, changed))
-    return state
+    if is_remote(tars[0]):
+        found = objects.statuses(tars)
+        return [(tar, one.size, one.version) for tar, one in zip(tars, found, strict=True)]
+    found = map(os.stat, tars)
+    return [
+        (os.path.basename(tar), one.st_size, one.st_mtime_ns)
+        for tar, one in zip(tars, found, strict=True)
+    ]
 
 
 def _folders(tar: str) -> list[Path]:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    other = [cache / "protoclip_jax" / "tars", Path(tempfile.gettempdir()) / "protoclip_jax_tars"]
+    other = cache_folders("tars")
     return other if is_remote(tar) else [Path(tar).parent / _FOLDER, *other]
-
-
-def _writable(folder: Path) -> bool:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return True
-    except OSError:
-        return False
 
 
 def _load(stem: Path) -> TarIndex:
@@ -166,8 +160,7 @@ def _entries(tar: str, digest, report: dict[str, LeftOut]) -> Shaped[np.ndarray,
 def _reader(tar: str) -> Iterator[Read]:
     """Reads parts of a tar; a local one is mapped, which costs no system call a member."""
     if is_remote(tar):
-        with remote_path(tar).open("rb") as file:
-            yield lambda start, length: (file.seek(start), file.read(length))[1]
+        yield objects.Windows(tar)
     elif os.path.getsize(tar) == 0:
         yield lambda start, length: b""
     else:

@@ -8,9 +8,13 @@ import re
 import numpy as np
 
 from protoclip_jax.data.decoding import MISSING, NO_ACCESS, TRUNCATED, UnreadableImage
-from protoclip_jax.data.files import absolute, is_remote, remote_path
 from protoclip_jax.data.tar_index import caption_of, tar_index
 from protoclip_jax.data.tar_members import BLOCK
+from protoclip_jax.storage import objects
+from protoclip_jax.storage.paths import absolute, is_remote
+from protoclip_jax.storage.retries import Unreachable
+
+_NEAR = 2**16  # bytes between two parts of a remote tar that one request fetches with them
 
 
 def tar_paths(spec: str) -> list[str]:
@@ -30,14 +34,14 @@ def tar_paths(spec: str) -> list[str]:
 
 
 def _remote_tars(spec: str) -> list[str]:
+    folder, pattern = spec.rstrip("/"), "*.tar"
     if spec.lower().endswith(".tar"):
-        folder, _, name = spec.rpartition("/")
-        if "*" in name:
-            return sorted(str(path) for path in remote_path(folder).glob(name))
-        return _expanded(spec)
-    if spec.lower().endswith((".tsv", ".csv", ".txt")):
+        if "*" not in spec.rpartition("/")[2]:
+            return _expanded(spec)
+        folder, _, pattern = spec.rpartition("/")
+    elif spec.lower().endswith((".tsv", ".csv", ".txt")):
         return []
-    return sorted(str(path) for path in remote_path(spec).glob("*.tar"))
+    return [f"{folder}/{name}" for name in objects.listing(folder, pattern)]
 
 
 def _expanded(spec: str) -> list[str]:
@@ -98,8 +102,9 @@ class TarPairs:
     def read(self, row: int) -> tuple[bytes, str]:
         """The picture's file and the caption.
 
-        Raises:
-          UnreadableImage: the tar is gone or has become shorter.
+          Raises:
+            UnreadableImage: the tar is gone or has become shorter.
+        Unreachable: remote storage gave no answer for minutes.
         """
         tar, entry = self._place(row)
         picture, text = _read(
@@ -126,15 +131,13 @@ class TarPairs:
 
 
 def _read(tar: str, *ranges: tuple[int, int]) -> list[bytes]:
-    """Ranges (start, length) of a tar. Opened each time: cheaper than a picture by far."""
+    """Ranges (start, length) of a tar."""
     try:
-        with _opened(tar) as file:
-            found = []
-            for start, length in ranges:
-                file.seek(start)
-                found.append(file.read(length))
+        found = (_read_remote if is_remote(tar) else _read_local)(tar, ranges)
     except FileNotFoundError as error:
         raise UnreadableImage(MISSING, tar) from error
+    except Unreachable:
+        raise
     except OSError as error:
         raise UnreadableImage(NO_ACCESS, str(error)) from error
     if [len(data) for data in found] != [length for _, length in ranges]:
@@ -142,11 +145,20 @@ def _read(tar: str, *ranges: tuple[int, int]) -> list[bytes]:
     return found
 
 
-def _opened(tar: str):
-    if not is_remote(tar):
-        return open(tar, "rb", buffering=0)
-    file = remote_path(tar).open("rb")
-    cache = getattr(file, "cache", None)
-    if hasattr(cache, "blocksize"):
-        cache.blocksize = 0  # fsspec would read 5 MB beyond every picture
-    return file
+def _read_local(tar: str, ranges: tuple[tuple[int, int], ...]) -> list[bytes]:
+    # Opened each time: cheaper than a picture by far.
+    with open(tar, "rb", buffering=0) as file:
+        found = []
+        for start, length in ranges:
+            file.seek(start)
+            found.append(file.read(length))
+    return found
+
+
+def _read_remote(tar: str, ranges: tuple[tuple[int, int], ...]) -> list[bytes]:
+    first = min(start for start, _ in ranges)
+    last = max(start + length for start, length in ranges)
+    if last - first > sum(length for _, length in ranges) + _NEAR:
+        return [objects.read(tar, start, length) for start, length in ranges]
+    whole = objects.read(tar, first, last - first)
+    return [whole[start - first : start - first + length] for start, length in ranges]

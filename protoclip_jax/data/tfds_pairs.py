@@ -4,19 +4,21 @@ ArrayRecord files need no TensorFlow. TFRecord files are read where the user ins
 """
 
 import bisect
+import contextlib
 import functools
 import hashlib
 import importlib.util
 import os
 import struct
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from jaxtyping import Int
 
 from protoclip_jax.data.decoding import BROKEN, EMPTY, UnreadableImage
-from protoclip_jax.data.files import absolute, is_remote, remote_path
 from protoclip_jax.data.record_files import RecordFile, RecordFiles
+from protoclip_jax.storage import objects
+from protoclip_jax.storage.paths import absolute, is_remote
 
 PREFIX = "tfds:"
 _FOOTER = 65536  # bytes at a file's end that enter the fingerprint: it indexes the whole file
@@ -27,9 +29,8 @@ def is_tfds(spec: str) -> bool:
     if spec.startswith(PREFIX):
         return True
     if is_remote(spec):
-        return not spec.lower().endswith((".tar", ".tsv", ".csv", ".txt")) and bool(
-            (remote_path(spec) / "dataset_info.json").exists()
-        )
+        named = spec.lower().endswith((".tar", ".tsv", ".csv", ".txt"))
+        return not named and objects.exists(f"{spec.rstrip('/')}/dataset_info.json")
     return os.path.exists(os.path.join(spec, "dataset_info.json"))
 
 
@@ -134,11 +135,6 @@ class TfdsPairs:
         """The examples' bytes by row."""
         form = self._builder.info.file_format.value
         if form == "array_record":
-            if is_remote(self._spec):
-                raise ValueError(
-                    f"{self._spec}: ArrayRecord files are read from local folders only: mount the "
-                    "bucket, or copy the set"
-                )
             # Not as_data_source, which keeps every file's index in memory.
             files = [(file.filename, file.skip, file.take) for file in self._files()]
             return RecordFiles([RecordFile(os.fspath(path), *range_) for path, *range_ in files])
@@ -191,13 +187,22 @@ class TfdsPairs:
             repr((self.split, self._image, self._text)).encode(), digest_size=16
         )
         for file in self._files():
-            path = remote_path(file.filename) if is_remote(file.filename) else Path(file.filename)
-            with path.open("rb") as opened:
-                size = opened.seek(0, os.SEEK_END)
-                opened.seek(max(0, size - _FOOTER))
-                digest.update(repr((path.name, size, file.skip, file.take)).encode())
-                digest.update(opened.read())
+            size, end = _size_and_end(os.fspath(file.filename))
+            name = os.path.basename(file.filename)
+            digest.update(repr((name, size, file.skip, file.take)).encode())
+            digest.update(end)
         return digest.hexdigest()
+
+
+def _size_and_end(path: str) -> tuple[int, bytes]:
+    """Bytes of a file, and the last of them."""
+    if is_remote(path):
+        size = objects.status(path).size
+        return size, objects.read(path, max(0, size - _FOOTER), min(size, _FOOTER))
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - _FOOTER))
+        return size, file.read()
 
 
 def _leaves(features, prefix: str = "") -> dict:
@@ -251,26 +256,31 @@ class TfRecords:
     def __getitem__(self, row: int) -> bytes:
         file = bisect.bisect_right(self._ends, row)
         first = self._ends[file - 1] if file else 0
-        with _open(self._paths[file]) as opened:
-            opened.seek(int(self._starts[file][row - first]))
-            (length,) = struct.unpack("<Q4x", opened.read(12))
-            return opened.read(length)
+        start = int(self._starts[file][row - first])
+        with _opened(self._paths[file], 2**16) as read:
+            (length,) = struct.unpack("<Q4x", read(start, 12))
+            return read(start + 12, length)
 
 
-def _open(path: str):
-    return remote_path(path).open("rb") if is_remote(path) else open(path, "rb")
+@contextlib.contextmanager
+def _opened(path: str, window: int) -> Iterator[Callable[[int, int], bytes]]:
+    """Reads parts of a file, by start and length; a remote one at least a window at a time."""
+    if is_remote(path):
+        yield objects.Windows(path, window)
+        return
+    with open(path, "rb") as file:
+        yield lambda start, length: (file.seek(start), file.read(length))[1]
 
 
 def _record_starts(path: str) -> Int[np.ndarray, " n"]:
-    starts, at = [], 0
-    with _open(path) as file:
-        while head := file.read(12):
+    starts, at, (size, _) = [], 0, _size_and_end(path)
+    with _opened(path, 2**22) as read:
+        while at < size:
+            head = read(at, 12)
             if len(head) < 12:
-                raise ValueError(f"{path} is cut short")
+                break
             starts.append(at)
             at += 16 + struct.unpack("<Q4x", head)[0]
-            file.seek(at)
-        size = file.seek(0, os.SEEK_END)
     if at != size:
         raise ValueError(f"{path} is cut short: {size} bytes, its records need {at}")
     return np.array(starts, np.int64)

@@ -8,7 +8,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from protoclip_jax.data.array_records import FORMAT, META, SETTINGS, VERSION, fingerprint
-from protoclip_jax.data.files import local_folder
 from protoclip_jax.data.left_out import LeftOut
 from protoclip_jax.data.sources import PairSource
 from protoclip_jax.prepare import pool
@@ -20,6 +19,7 @@ from protoclip_jax.prepare.shard import (
 )
 from protoclip_jax.storage.atomic import PART, clear_parts, part_of, settle, write_json
 from protoclip_jax.storage.lock import LOCK, NOTE, locked
+from protoclip_jax.storage.paths import local_only
 
 __all__ = ["UNREADABLE", "ConvertSettings", "convert"]
 
@@ -52,7 +52,7 @@ def convert(
       ValueError: `out` holds something else, or another process works there.
       OSError: it cannot be written.
     """
-    out = local_folder(out)
+    out = local_only(out, "shards are")
     _claim(out)
     with locked(out):
         _agree(out, source, settings)

@@ -20,11 +20,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from protoclip_jax.data.files import local_folder
 from protoclip_jax.prepare import img2dataset
 from protoclip_jax.prepare.link_list import Layout, Link, find_layout, links, photo_ids
 from protoclip_jax.storage.atomic import clear_parts, part_of, settle, write_json, write_text
 from protoclip_jax.storage.lock import NO_LOCKS, locked
+from protoclip_jax.storage.paths import local_only
 
 FOLDER = "download"
 _LIST_ROWS = 1_000_000  # of one Parquet file: img2dataset holds one in memory at a time
@@ -95,7 +95,7 @@ def download(
         list_path, url_column=url_column, caption_column=caption_column, separator=separator
     )
     print(f"{list_path} is {layout}")
-    out = local_folder(out).absolute()
+    out = local_only(out, "shards are").absolute()
     folder = out / FOLDER
     _claim(out, folder)
     with locked(folder), open(folder / "log.txt", "a+") as log:

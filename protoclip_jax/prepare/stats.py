@@ -3,9 +3,8 @@
 import collections
 import dataclasses
 import hashlib
-import json
+import os
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Shaped, UInt64
@@ -16,7 +15,8 @@ from protoclip_jax.data.sources import PairSource
 from protoclip_jax.data.tokenizer import Tokenizer
 from protoclip_jax.prepare import pool
 from protoclip_jax.prepare.scripts import scripts_of
-from protoclip_jax.storage.atomic import write_text
+from protoclip_jax.storage.atomic import write_json
+from protoclip_jax.storage.paths import as_path
 
 CONTEXT = 77  # tokens that CLIP's text tower sees, start and end included
 NO_SCRIPT = "no letters"
@@ -213,6 +213,6 @@ def _counts(title: str, counts: dict[str, int], total: int | None) -> Iterable[s
         yield f"  {name:<22}{count:,}{share}"
 
 
-def write(numbers: dict, path: str | Path) -> None:
-    """Writes the numbers as JSON."""
-    write_text(Path(path), json.dumps(numbers, indent=1, ensure_ascii=False) + "\n")
+def write(numbers: dict, path: str | os.PathLike) -> None:
+    """Writes the numbers as JSON, to a local or remote file."""
+    write_json(as_path(path), numbers)

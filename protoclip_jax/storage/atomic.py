@@ -4,6 +4,9 @@ import json
 import os
 from pathlib import Path
 
+from protoclip_jax.storage import objects
+from protoclip_jax.storage.paths import AnyPath, is_remote
+
 PART = ".part"  # ends the names of files that are not whole
 
 
@@ -24,15 +27,18 @@ def settle(part: Path, path: Path) -> None:
         os.close(folder)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file at once."""
+def write_text(path: AnyPath, text: str) -> None:
+    """Writes a local or remote file at once."""
+    if is_remote(path):
+        objects.write(str(path), text.encode())
+        return
     part = part_of(path)
     part.write_text(text, encoding="utf-8")
     settle(part, path)
 
 
-def write_json(path: Path, content) -> None:
-    """Writes JSON at once."""
+def write_json(path: AnyPath, content) -> None:
+    """Writes JSON at once, to a local or remote file."""
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 

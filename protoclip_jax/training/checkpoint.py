@@ -5,21 +5,27 @@ takes what it needs: `params`, `batch_stats`, `opt_state`, `meta` (JSON), and in
 `episode`: its prototypes and labels.
 """
 
+import contextlib
+import functools
 import json
+import os
 import shutil
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jaxtyping import Array, UInt32
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from protoclip_jax import distributed
 from protoclip_jax.config import CheckpointConfig, ConfigError
+from protoclip_jax.storage import objects
+from protoclip_jax.storage.paths import AnyPath, absolute, is_remote, workdir_at
+from protoclip_jax.storage.retries import retried
 
 ITEMS = ("params", "batch_stats", "opt_state")
 DAMAGED = "damaged"  # prefix of the folders that are passed over
@@ -34,7 +40,7 @@ class Checkpoints:
 
     def __init__(
         self,
-        workdir: str | Path,
+        workdir: str | os.PathLike,
         keep: CheckpointConfig | None = None,
         steps_per_episode: int = 1,
     ):
@@ -43,8 +49,9 @@ class Checkpoints:
             preservation_policy=_policy(keep or CheckpointConfig(), steps_per_episode),
             enable_async_checkpointing=True,
         )
-        self._directory = Path(workdir).absolute() / "checkpoints"
+        self._directory = workdir_at(absolute(workdir)) / "checkpoints"
         self._damaged: list[int] = []
+        self._unfinished: list[str] = []
         # Named, so that a fresh process knows what each item is before it reads it.
         handlers = {name: ocp.StandardCheckpointHandler() for name in (*ITEMS, "episode")}
         handlers["meta"] = ocp.JsonCheckpointHandler()
@@ -62,8 +69,13 @@ class Checkpoints:
 
     def leftovers(self) -> list[str]:
         """Names of folders that a kill left behind half-written. They are never read."""
-        found = self._directory.glob("*orbax-checkpoint-tmp*")
-        return sorted(path.name for path in found)
+        if not is_remote(self._directory):
+            found = self._directory.glob("*orbax-checkpoint-tmp*")
+            return sorted(path.name for path in found)
+        # In a bucket nothing is renamed: a mark is written last, without which it does not count.
+        whole = {str(step) for step in self.all()}
+        names = objects.folders(str(self._directory))
+        return [name for name in names if name.isdecimal() and name not in whole]
 
     def save(
         self,
@@ -110,7 +122,7 @@ class Checkpoints:
         """The newest checkpoint that reads back whole, by its number, and what `read` made of it.
 
         One that does not is named and passed over. Reading changes nothing in the folder; the next
-        `save` gives it another name, and nothing deletes it.
+        `save` gives it another name, and nothing deletes it. What was never finished goes then.
 
         Args:
           read: takes a number; whatever it raises but ConfigError means damage.
@@ -123,7 +135,8 @@ class Checkpoints:
           ConfigError: there are checkpoints, and none of them can be read.
           CheckpointError: this process cannot read one that others can.
         """
-        for name in self.leftovers():
+        self._unfinished = self.leftovers()
+        for name in self._unfinished:
             say(f"checkpoints/{name} was never finished: passed over")
         self._damaged = []
         for step in reversed(self.all()):
@@ -152,14 +165,22 @@ class Checkpoints:
         return None
 
     def _put_aside(self) -> None:
-        """Renames what was found damaged: a save of the same step must find its place free."""
+        """Renames what was found damaged: a save of the same step must find its place free.
+
+        Removes what a kill left half-written, which would else pile up.
+        """
         steps, self._damaged = self._damaged, []
+        unfinished, self._unfinished = self._unfinished, []
         if jax.process_index() == 0:
+            for name in unfinished:
+                with contextlib.suppress(OSError):  # a save that succeeds is worth more
+                    path = self._directory / name
+                    retried(str(path), functools.partial(epath.Path(path).rmtree, missing_ok=True))
             for step in steps:
                 target = self._directory / f"{DAMAGED}-{step}"
                 while target.exists():
                     target = target.with_name(target.name + "-again")
-                shutil.move(self._directory / str(step), target)
+                (self._directory / str(step)).rename(target)
         if steps:
             distributed.barrier()  # they are put aside
             self._manager.reload()
@@ -226,7 +247,7 @@ class Checkpoints:
 class _Told:
     """Turns whatever a writer raises into one line that says what is safe."""
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: AnyPath):
         self._directory = directory
 
     def __enter__(self):
@@ -236,10 +257,13 @@ class _Told:
         if error is None or not isinstance(error, Exception):
             return
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-        free = shutil.disk_usage(self._directory).free / 1e9
+        room, what = "", "see to it"
+        if not is_remote(self._directory):
+            room = f" ({shutil.disk_usage(self._directory).free / 1e9:.1f} GB free)"
+            what = "make room"
         raise CheckpointError(
-            f"cannot write a checkpoint to {self._directory} ({free:.1f} GB free): {reason}. The "
-            "older ones are intact; make room, then the same command goes on from the newest"
+            f"cannot write a checkpoint to {self._directory}{room}: {reason}. The older ones are "
+            f"intact; {what}, then the same command goes on from the newest"
         ) from error
 
 

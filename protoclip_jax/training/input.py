@@ -21,6 +21,8 @@ from protoclip_jax.data.unreadable import UnreadableLog
 from protoclip_jax.data.walk import Section, Walk
 from protoclip_jax.distributed.rows import Rows, by_position
 from protoclip_jax.episodes.sampling import episode_rows
+from protoclip_jax.storage.copies import local_copy
+from protoclip_jax.storage.retries import Unreachable
 from protoclip_jax.training.state import BATCH_AXES
 
 
@@ -40,6 +42,7 @@ class Input:
 
         Raises:
           ConfigError: what the recipe asks for does not fit the data; names both numbers.
+          Unreachable: remote storage gave no answer for minutes.
         """
         self._config, self._image_size = config, image_size
         self._tokenizer = Tokenizer(context_length)
@@ -159,6 +162,8 @@ def _open_source(config: Config) -> sources.PairSource:
             seed=config.seed,
         )
         check_start(source, limit=data.max_unreadable, parity=data.parity_preprocess)
+    except Unreachable:
+        raise
     except (ValueError, OSError) as error:
         raise ConfigError(f"config.data.train={data.train}: {error}") from error
     return source
@@ -171,6 +176,8 @@ def _open_teacher(config: Config, rows: int) -> Teacher | None:
     if path == "emoji_text":
         path = embedded_teacher(config.data.train.rpartition("/")[2])
     try:
-        return open_teacher(path, rows)
+        return open_teacher(local_copy(path), rows)
+    except Unreachable:
+        raise
     except (ValueError, OSError) as error:
         raise ConfigError(f"config.data.teacher={config.data.teacher}: {error}") from error

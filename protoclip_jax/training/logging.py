@@ -8,6 +8,9 @@ import jax
 from tensorboardX import SummaryWriter
 
 from protoclip_jax.config import Config, ConfigError
+from protoclip_jax.storage import objects
+from protoclip_jax.storage.atomic import write_text
+from protoclip_jax.storage.paths import AnyPath
 
 
 class MetricLog:
@@ -16,20 +19,25 @@ class MetricLog:
     Lines of steps after `step` are dropped at the start: a run that resumes writes them again.
     """
 
-    def __init__(self, workdir: Path, config: Config, step: int):
+    def __init__(self, folder: Path, config: Config, step: int, run: str | None = None):
+        """Args:
+        folder: where to write: the workdir, or what is mirrored there.
+        config: the recipe.
+        step: finished steps.
+        run: name of the run; none = the folder's.
+        """
         self._file = self._events = self._wandb = None
         if jax.process_index():
             return  # the numbers are the same on every process: the first one writes them
-        self._path = workdir / "metrics.jsonl"
-        lines = read_metrics(workdir)
+        path, lines = folder / "metrics.jsonl", read_metrics(folder)
         kept = [line for line in lines if line["step"] <= step]
         if len(kept) < len(lines):
-            self._path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self._file = self._path.open("a")
+            write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file = path.open("a")
         if config.log.tensorboard:
-            self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+            self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         if config.log.wandb_project:
-            self._wandb = _start_wandb(config, workdir)
+            self._wandb = _start_wandb(config, folder, run or folder.name)
 
     def write(self, step: int, episode: int, phase: str, values: dict[str, float]) -> None:
         """Records numbers of a step; values that are not finite become null in the JSON."""
@@ -44,6 +52,11 @@ class MetricLog:
                 self._events.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(values | {"episode": episode}, step=step)
+
+    def flush(self) -> None:
+        """Writes what is still in memory; of the lines nothing is."""
+        if self._events is not None:
+            self._events.flush()
 
     def close(self) -> None:
         """Flushes everything."""
@@ -96,13 +109,14 @@ class Meter:
         return {name: value / self._counts[name] for name, value in self._sums.items()}
 
 
-def read_metrics(workdir: Path) -> list[dict]:
+def read_metrics(workdir: AnyPath) -> list[dict]:
     """The lines of `metrics.jsonl`; a last line cut by a kill is left out."""
-    path = workdir / "metrics.jsonl"
-    if not path.exists():
+    try:
+        whole = objects.read_text(workdir / "metrics.jsonl")
+    except FileNotFoundError:
         return []
     lines = []
-    for text in path.read_text().splitlines():
+    for text in whole.splitlines():
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError:
@@ -126,7 +140,7 @@ def check_wandb(config: Config) -> None:
             ) from None
 
 
-def _start_wandb(config: Config, workdir: Path):
+def _start_wandb(config: Config, folder: Path, run: str):
     import dataclasses
 
     import wandb
@@ -134,8 +148,8 @@ def _start_wandb(config: Config, workdir: Path):
     # One id a workdir: a run that resumes goes on in the same chart.
     return wandb.init(
         project=config.log.wandb_project,
-        id=workdir.name,
-        dir=str(workdir),
+        id=run,
+        dir=str(folder),
         resume="allow",
         config=dataclasses.asdict(config),
     )

@@ -7,7 +7,6 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,7 +20,11 @@ from protoclip_jax.distributed import broadcast
 from protoclip_jax.episodes.extraction import in_episode_order, make_extract_step
 from protoclip_jax.episodes.kmeans import Clusters, kmeans
 from protoclip_jax.episodes.prototypes import build_prototypes
+from protoclip_jax.storage import objects
 from protoclip_jax.storage.lock import locked
+from protoclip_jax.storage.mirror import Mirror
+from protoclip_jax.storage.paths import AnyPath, workdir_at
+from protoclip_jax.storage.retries import Unreachable
 from protoclip_jax.training import agreement, record, state, step
 from protoclip_jax.training.checkpoint import Checkpoints
 from protoclip_jax.training.compiled import CompiledStep
@@ -40,13 +43,15 @@ from protoclip_jax.training.stopwatch import Stopwatch
 # Prototypes, and labels by position as host arrays: what training needs of the steps before it.
 Prepared = tuple[dict, dict[str, np.ndarray]]
 
+APPENDED = ("metrics.jsonl", "unreadable*.tsv")  # files of a workdir that a later run goes on with
 
-def train(config: Config, workdir: Path, profile: str | None = None) -> None:
+
+def train(config: Config, workdir: AnyPath, profile: str | None = None) -> None:
     """Runs a recipe in a workdir: starts, goes on where it stopped, or says it is finished.
 
     Args:
       config: a checked recipe.
-      workdir: folder of the run.
+      workdir: folder of the run, local or gs://.
       profile: "a:b" writes a trace of these steps.
 
     Raises:
@@ -54,10 +59,13 @@ def train(config: Config, workdir: Path, profile: str | None = None) -> None:
       CheckpointError: a checkpoint cannot be written.
       FloatingPointError: too many steps in a row had a loss or gradient that is not finite.
       Leaving: a signal asked to save and leave.
+      Unreachable: remote storage gave no answer for minutes.
     """
     check_wandb(config)
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
+        objects.make_folder(workdir)
+    except Unreachable:
+        raise
     except OSError as error:
         raise ConfigError(f"--workdir={workdir} is no folder to write to: {error}") from error
     agreement.compare("the processes would not train the same", record.identity(config))
@@ -71,7 +79,7 @@ def train(config: Config, workdir: Path, profile: str | None = None) -> None:
 
 
 @contextlib.contextmanager
-def in_use(workdir: Path) -> Iterator[None]:
+def in_use(workdir: AnyPath) -> Iterator[None]:
     """Keeps other runs out of a workdir.
 
     Raises:
@@ -89,20 +97,21 @@ def in_use(workdir: Path) -> Iterator[None]:
 class Trainer:
     """A run: its state on the devices, its input, and where its numbers go."""
 
-    def __init__(self, config: Config, workdir: Path, profile: str | None = None):
+    def __init__(self, config: Config, workdir: AnyPath, profile: str | None = None):
         self.config, self.workdir = config, workdir
+        self.progress = Progress(config.total_steps, config.log.progress)
+        self.mirror = Mirror(workdir, APPENDED, say=self.progress.say)
         self.mesh = state.make_mesh(config.mesh.fsdp)
         self.replicated = NamedSharding(self.mesh, PartitionSpec())
         self.model = state.model_of(config)
-        self.profile = Profile(profile, workdir)
+        self.profile = Profile(profile, self.mirror.local)
         self.input = Input(
             config,
             self.model.vision.image_size,
             self.model.text.context_length,
             self.mesh,
-            workdir,
+            self.mirror.local,
         )
-        self.progress = Progress(config.total_steps, config.log.progress)
         self.checkpoints = Checkpoints(workdir, config.checkpoint, config.steps_per_episode)
         agreement.compare("the processes would read different data", self.input.fingerprints())
         self.meta = record.meta(config) | self.input.fingerprints()
@@ -110,11 +119,12 @@ class Trainer:
         self.done, self.interrupted = self.restored()
         self.saved = self.done
         self.progress.start(self.done)
-        self.log = MetricLog(workdir, config, self.done)
+        self.log = MetricLog(self.mirror.local, config, self.done, workdir.name)
         self.reporter = Reporter(config, self.model.embed_dim, self.progress, self.log)
         self.evaluator = Evaluator(config, self.model, self.graphdef, self.mesh)
         self.requests = Requests(config.checkpoint.minutes, self.mesh)
         self.train_steps: dict[Phase, CompiledStep] = {}
+        self.clock = Stopwatch()
         by_row = NamedSharding(self.mesh, PartitionSpec(state.BATCH_AXES))
         self.extract_step = jax.jit(
             make_extract_step(
@@ -135,7 +145,7 @@ class Trainer:
         found = self.checkpoints.newest_whole(self._read, self.progress.say)
         if found is None:
             if self.config.model.weights is not None:
-                self.state |= start_weights(Path(self.config.model.weights), self.state)
+                self.state |= start_weights(workdir_at(self.config.model.weights), self.state)
             record.write(self.workdir, self.config)
             return 0, None
         done, (self.state, prepared) = found
@@ -167,16 +177,16 @@ class Trainer:
             for episode in range(first, config.episode.count):
                 self.run_episode(episode)
         # Process 0 writes the log, so that the others might read it too early.
-        if self.done and not broadcast(self.evaluator.measured(self.workdir, self.done)):
+        if self.done and not broadcast(self.evaluator.measured(self.mirror.local, self.done)):
             self.evaluate(phase_of(config, config.episode.count - 1).name, config.episode.count - 1)
         self.checkpoints.wait()
         self.progress.close()
         if jax.process_index() == 0:
-            self.reporter.result(self.workdir, self.evaluator.table(self.workdir))
+            self.reporter.result(self.workdir, self.evaluator.table(self.mirror.local))
 
     def run_episode(self, episode: int) -> None:
         """Trains an episode; evaluates and saves when due, and tells."""
-        config, phase, clock = self.config, phase_of(self.config, episode), Stopwatch()
+        config, phase, clock = self.config, phase_of(self.config, episode), self.clock
         numbers, asked = self.train_episode(episode, phase, clock)
         leave, found = asked == LEAVE, None
         last = episode + 1 == config.episode.count
@@ -184,10 +194,13 @@ class Trainer:
         if (last or due) and not leave:
             with self.part(clock, "evaluate"):
                 found = self.evaluate(phase.name, episode)
-        if last or leave or (episode + 1) % config.checkpoint.every == 0:
-            with self.part(clock, "save"):
-                self.save(metrics=found)
+        # Before the save, so that a run that goes on from there finds this line. The seconds of the
+        # save are told with the next episode.
         self.reporter.episode(self.done, episode, phase, numbers, clock)
+        self.clock = Stopwatch()
+        if last or leave or (episode + 1) % config.checkpoint.every == 0:
+            with self.part(self.clock, "save"):
+                self.save(metrics=found)
         if leave:
             self.leave()
 
@@ -347,6 +360,9 @@ class Trainer:
     def save(self, episode: dict | None = None, metrics: dict[str, float] | None = None) -> None:
         """Starts to save the state as it stands, unless that is saved already."""
         if self.done != self.saved:
+            # A run that goes on from here must find all that was told up to here.
+            self.log.flush()
+            self.mirror.flush()
             self.checkpoints.save(self.done, self.state, self.meta, episode, metrics)
             self.saved = self.done
         self.requests.saved()
@@ -368,6 +384,7 @@ class Trainer:
         self.profile.close()
         self.progress.close()
         self.log.close()
+        self.mirror.close()
         self.checkpoints.close()
 
 

@@ -11,6 +11,9 @@ from pathlib import Path
 import jax
 
 from protoclip_jax.config import Config, ConfigError, flatten
+from protoclip_jax.storage import objects
+from protoclip_jax.storage.atomic import write_json
+from protoclip_jax.storage.paths import AnyPath
 from protoclip_jax.training.checkpoint import differences
 
 RECIPE_FILE = "recipe.json"
@@ -42,7 +45,7 @@ HARMLESS = (
 )
 
 
-def write(workdir: Path, config: Config) -> None:
+def write(workdir: AnyPath, config: Config) -> None:
     """Stores the resolved recipe with versions, commit and devices in `recipe.json`."""
     if jax.process_index():
         return
@@ -54,19 +57,19 @@ def write(workdir: Path, config: Config) -> None:
         "commit": _commit(),
         "devices": f"{len(devices)} x {devices[0].device_kind}",
     }
-    (workdir / RECIPE_FILE).write_text(json.dumps(record, indent=1) + "\n")
+    write_json(workdir / RECIPE_FILE, record)
 
 
-def read(workdir: Path) -> dict:
+def read(workdir: AnyPath) -> dict:
     """The record of a workdir.
 
     Raises:
       ConfigError: there is none.
     """
-    path = workdir / RECIPE_FILE
-    if not path.exists():
-        raise ConfigError(f"{workdir} is no workdir of a run: it has no {RECIPE_FILE}")
-    return json.loads(path.read_text())
+    try:
+        return json.loads(objects.read_text(workdir / RECIPE_FILE))
+    except FileNotFoundError:
+        raise ConfigError(f"{workdir} is no workdir of a run: it has no {RECIPE_FILE}") from None
 
 
 def meta(config: Config) -> dict:
@@ -83,7 +86,7 @@ def identity(config: Config) -> dict:
     return options | {name: _version(name) for name in PACKAGES} | {"code": code_hash()}
 
 
-def check_resumable(workdir: Path, stored: dict, wanted: dict) -> None:
+def check_resumable(workdir: AnyPath, stored: dict, wanted: dict) -> None:
     """Refuses to go on with another recipe, source or teacher than the checkpoint's.
 
     Args:

@@ -4,7 +4,6 @@ import math
 import resource
 import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,6 +11,7 @@ import numpy as np
 from protoclip_jax.config import Config
 from protoclip_jax.data.sources import PairSource
 from protoclip_jax.episodes.kmeans import Clusters
+from protoclip_jax.storage.paths import AnyPath
 from protoclip_jax.training.compiled import peak_flops
 from protoclip_jax.training.logging import Meter, MetricLog
 from protoclip_jax.training.phases import Phase
@@ -191,7 +191,7 @@ class Reporter:
                 f"raise {how}, or keep pictures (data.keep, data.keep_gigabytes)"
             )
 
-    def result(self, workdir: Path, table: str | None) -> None:
+    def result(self, workdir: AnyPath, table: str | None) -> None:
         """Prints the table of the evaluation and what to do next."""
         if table:
             print(table)

@@ -1,7 +1,6 @@
 """A trained model out of a workdir."""
 
 import sys
-from pathlib import Path
 
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -9,11 +8,12 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from protoclip_jax.config import ConfigError
 from protoclip_jax.encoder import Encoder
 from protoclip_jax.recipe import from_flat
+from protoclip_jax.storage.paths import AnyPath
 from protoclip_jax.training import record, state
 from protoclip_jax.training.checkpoint import Checkpoints, differences
 
 
-def start_weights(workdir: Path, like: dict) -> dict:
+def start_weights(workdir: AnyPath, like: dict) -> dict:
     """Parameters and batch statistics of another run, where a new run starts from them.
 
     Args:
@@ -41,7 +41,7 @@ def start_weights(workdir: Path, like: dict) -> dict:
     return _newest(workdir, {name: like[name] for name in items})
 
 
-def _newest(workdir: Path, like: dict, step: int | None = None) -> dict:
+def _newest(workdir: AnyPath, like: dict, step: int | None = None) -> dict:
     """Items of a checkpoint of another run, in which nothing is changed."""
     checkpoints = Checkpoints(workdir)
     try:
@@ -59,7 +59,7 @@ def _warn(text: str) -> None:
     print(f"protoclip_jax: {text}", file=sys.stderr)
 
 
-def restore_encoder(workdir: Path, step: int | None = None) -> Encoder:
+def restore_encoder(workdir: AnyPath, step: int | None = None) -> Encoder:
     """Reads parameters and batch statistics of a checkpoint, whole, onto each of our devices.
 
     Raises:

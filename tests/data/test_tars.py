@@ -56,9 +56,9 @@ def test_the_index_is_made_once(tmp_path, monkeypatch):
 def test_the_index_lies_in_the_cache_where_the_folder_cannot_be_written(tmp_path, monkeypatch):
     folder = write_shards(tmp_path / "s", 1, 3)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    writable = tar_index._writable
+    writable = tar_index.writable
     monkeypatch.setattr(
-        tar_index, "_writable", lambda path: path.parent.name != "s" and writable(path)
+        tar_index, "writable", lambda path: path.parent.name != "s" and writable(path)
     )
     assert open_source(folder).read(2)[1] == caption(2)
     assert not (tmp_path / "s" / ".protoclip_tars").exists()
