@@ -6,7 +6,8 @@ Writes the final state to OUT/state.npz, and the labels of each prototype episod
 and centroids they come from to OUT/labels-E.npz; process 0 alone does so. Each process P writes a
 hash of its parameters, at the start and after each episode, to OUT/hashes-P.txt, a line each, and
 how many pictures it decoded for evaluations to OUT/decoded-P.txt. The n-th evaluation's features go
-to OUT/features-n.npz. TINY_ORDER="0,2,1,3" lays the devices on the mesh in this order. TINY_SIGTERM=N
+to OUT/features-n.npz. TINY_ORDER="0,2,1,3" lays the devices on the mesh in this order.
+TINY_SIGTERM=N
 asks the process to leave in its step N.
 """
 
