@@ -23,7 +23,9 @@ from pathlib import Path
 
 from etils import epath
 
+from protoclip_jax.storage import objects
 from protoclip_jax.storage.atomic import PART
+from protoclip_jax.storage.paths import is_remote
 
 LOCK = ".lock"  # the file that is locked, and the start of the note's name
 NOTE = LOCK + ".json"
@@ -86,7 +88,7 @@ def locked(
         ValueError: The folder takes no lock file; names the reason.
     """
     folder = epath.Path(folder)
-    remote = "://" in os.fspath(folder)
+    remote = is_remote(folder)
     with contextlib.ExitStack() as stack:
         has_locks = not remote and _file_lock(folder, stack)
         mine = _me(REMOTE_BEAT if remote else LOCAL_BEAT)
@@ -104,7 +106,7 @@ def locked(
 def holder(folder: Path | epath.Path) -> Holder | None:
     """Who holds or last held a folder's lock, by the note there; None without a readable one."""
     try:
-        return Holder(**json.loads((epath.Path(folder) / NOTE).read_text()))
+        return Holder(**json.loads(objects.read_text(epath.Path(folder) / NOTE)))
     except (OSError, ValueError, TypeError):
         return None
 
@@ -191,13 +193,13 @@ class _Beats:
         now = holder(self._folder)
         if now is not None and now.token == self._mine.token:
             with contextlib.suppress(OSError):
-                (self._folder / NOTE).unlink()
+                objects.remove(self._folder / NOTE)
 
 
 def _write(folder: epath.Path, mine: Holder) -> None:
     text = json.dumps(dataclasses.asdict(mine)) + "\n"
-    if "://" in os.fspath(folder):
-        (folder / NOTE).write_text(text)
+    if is_remote(folder):
+        objects.write(os.fspath(folder / NOTE), text.encode())
         return
     part = folder / f"{NOTE}.{mine.token}{PART}"
     try:

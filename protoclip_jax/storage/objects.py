@@ -138,6 +138,20 @@ def write(path: str, content: bytes) -> None:
     retried(path, lambda: _files(path).pipe_file(path, content))
 
 
+def remove(path: AnyPath) -> None:
+    """Removes a local or remote file.
+
+    Raises:
+      FileNotFoundError: there is none.
+      Unreachable: no answer for minutes.
+      OSError: it cannot be removed.
+    """
+    if is_remote(path):
+        retried(str(path), lambda: _files(str(path)).rm_file(str(path)))
+    else:
+        Path(path).unlink()
+
+
 def download(path: str, target: Path, expected: Status) -> None:
     """Copies an object to a local file, a part at a time.
 
