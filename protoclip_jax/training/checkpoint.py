@@ -10,7 +10,7 @@ import functools
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -24,8 +24,8 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from protoclip_jax import distributed
 from protoclip_jax.config import CheckpointConfig, ConfigError
 from protoclip_jax.storage import objects
-from protoclip_jax.storage.paths import AnyPath, absolute, is_remote, workdir_at
-from protoclip_jax.storage.retries import retried
+from protoclip_jax.storage.paths import absolute, is_remote, workdir_at
+from protoclip_jax.storage.retries import Unreachable, describe, may_pass, retried
 
 ITEMS = ("params", "batch_stats", "opt_state")
 DAMAGED = "damaged"  # prefix of the folders that are passed over
@@ -44,7 +44,12 @@ class Checkpoints:
         keep: CheckpointConfig | None = None,
         steps_per_episode: int = 1,
     ):
-        """Opens them; nothing is removed before the next save."""
+        """Opens them; nothing is removed before the next save.
+
+        Raises:
+          ConfigError: the bucket may not be used so.
+          Unreachable: remote storage gave no answer for minutes.
+        """
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_policy(keep or CheckpointConfig(), steps_per_episode),
             enable_async_checkpointing=True,
@@ -55,9 +60,20 @@ class Checkpoints:
         # Named, so that a fresh process knows what each item is before it reads it.
         handlers = {name: ocp.StandardCheckpointHandler() for name in (*ITEMS, "episode")}
         handlers["meta"] = ocp.JsonCheckpointHandler()
-        self._manager = ocp.CheckpointManager(
-            self._directory, options=options, item_handlers=handlers
-        )
+        try:
+            self._manager = ocp.CheckpointManager(
+                self._directory, options=options, item_handlers=handlers
+            )
+        except Exception as error:
+            if not is_remote(self._directory) or isinstance(error, ConfigError):
+                raise
+            text = f"{self._directory} cannot be used for checkpoints: {describe(error)}"
+            if self._is_outage(error):
+                raise Unreachable(text) from error
+            raise ConfigError(
+                f"{text}. Needed are the rights to list, read, write and delete objects, and "
+                "storage.buckets.get"
+            ) from error
 
     def latest(self) -> int | None:
         """Number of the newest checkpoint, none when there is none; it may turn out damaged."""
@@ -125,7 +141,8 @@ class Checkpoints:
         `save` gives it another name, and nothing deletes it. What was never finished goes then.
 
         Args:
-          read: takes a number; whatever it raises but ConfigError means damage.
+          read: takes a number; whatever it raises but ConfigError, or an outage of remote
+            storage, means damage.
           say: gets a line for each checkpoint that is passed over.
 
         Returns:
@@ -134,6 +151,7 @@ class Checkpoints:
         Raises:
           ConfigError: there are checkpoints, and none of them can be read.
           CheckpointError: this process cannot read one that others can.
+          Unreachable: remote storage gave no answer for minutes.
         """
         self._unfinished = self.leftovers()
         for name in self._unfinished:
@@ -142,10 +160,12 @@ class Checkpoints:
         for step in reversed(self.all()):
             try:
                 found = step, read(step)
-            except ConfigError:
+            except (ConfigError, Unreachable):
                 raise
             except Exception as error:  # damage shows as anything: KeyError, ValueError, OSError
                 reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+                if self._is_outage(error):  # which says nothing of the checkpoint
+                    raise Unreachable(f"{self._directory / str(step)}: {reason}") from error
                 # What some can read must not be passed over by the others alone.
                 if not distributed.met_by_all(f"damaged/{step}"):
                     raise CheckpointError(
@@ -240,31 +260,35 @@ class Checkpoints:
         """Waits and releases the writer."""
         self._manager.close()
 
-    def _told(self):
-        return _Told(self._directory)
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Turns whatever a writer raises into one line that says what is safe."""
+        try:
+            yield
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+            if self._is_outage(error):
+                raise Unreachable(
+                    f"no checkpoint could be written to {self._directory}: {reason}; the older "
+                    "ones are intact"
+                ) from error
+            room, what = "", "see to it"
+            if not is_remote(self._directory):
+                room = f" ({shutil.disk_usage(self._directory).free / 1e9:.1f} GB free)"
+                what = "make room"
+            raise CheckpointError(
+                f"cannot write a checkpoint to {self._directory}{room}: {reason}. The older ones "
+                f"are intact; {what}, then the same command goes on from the newest"
+            ) from error
 
-
-class _Told:
-    """Turns whatever a writer raises into one line that says what is safe."""
-
-    def __init__(self, directory: AnyPath):
-        self._directory = directory
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback) -> None:
-        if error is None or not isinstance(error, Exception):
-            return
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-        room, what = "", "see to it"
-        if not is_remote(self._directory):
-            room = f" ({shutil.disk_usage(self._directory).free / 1e9:.1f} GB free)"
-            what = "make room"
-        raise CheckpointError(
-            f"cannot write a checkpoint to {self._directory}{room}: {reason}. The older ones are "
-            f"intact; {what}, then the same command goes on from the newest"
-        ) from error
+    def _is_outage(self, error: BaseException | None) -> bool:
+        """Whether an error, or one that it comes from, is of remote storage out of reach."""
+        while error is not None and is_remote(self._directory):
+            # TensorStore has no types of its own.
+            if may_pass(error) or "UNAVAILABLE" in str(error) or "DEADLINE_EXCEEDED" in str(error):
+                return True
+            error = error.__cause__
+        return False
 
 
 def _policy(keep: CheckpointConfig, steps_per_episode: int):

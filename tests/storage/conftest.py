@@ -7,13 +7,17 @@ import socket
 import subprocess
 import sys
 import time
+import types
 import urllib.request
 import uuid
 from pathlib import Path
 
 import fsspec
+import gcsfs.retry
 import pytest
 from etils.epath import backend
+
+from protoclip_jax.storage import retries
 
 BUCKET = "bucket"
 
@@ -125,3 +129,30 @@ def bucket(storage_server, monkeypatch, tmp_path):
 def environment(storage_server, tmp_path):
     """For processes that a test starts."""
     return os.environ | storage_server | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+
+
+class Clock:
+    """Stands for the clock that the retries know: waiting takes no time."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.waits = 0.0, []
+        monkeypatch.setattr(retries, "time", self)
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.waits.append(seconds)
+
+
+@pytest.fixture
+def no_waiting(monkeypatch):
+    """A clock of the retries, and of the client's, that goes on by itself."""
+
+    async def at_once(seconds):
+        clock.now += seconds
+
+    clock = Clock(monkeypatch)
+    monkeypatch.setattr(gcsfs.retry, "asyncio", types.SimpleNamespace(sleep=at_once))
+    return clock

@@ -40,6 +40,11 @@ class Server(ThreadingHTTPServer):
         self.lock, self.rules, self.requests = threading.Lock(), [], []
         super().__init__(("127.0.0.1", port), partial(Handler, self.storage))
 
+    def handle_error(self, request, client_address):
+        """Clients that were killed, or have read enough, are no errors."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
     def fault(self, method: str, path: str) -> dict | None:
         """The rule that a request meets, if any."""
         with self.lock:

@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from orbax.checkpoint._src.path import gcs_utils
 
 from protoclip_jax.config import CheckpointConfig, ConfigError
+from protoclip_jax.storage.retries import Unreachable
 from protoclip_jax.training.checkpoint import Checkpoints
 
 
@@ -89,6 +91,40 @@ def test_a_half_written_one_is_named_and_no_obstacle_and_goes(bucket):
     assert not assert_newest(checkpoints, 3)
     assert not bucket.names("run/checkpoints/2")
     checkpoints.close()
+
+
+def test_an_outage_is_no_damage(bucket, no_waiting):
+    """Else a run would go back to an older checkpoint, and put the newest aside."""
+    checkpoints = opened(bucket)
+    save(checkpoints, 1, 2)
+    checkpoints.close()
+    checkpoints, said = opened(bucket), []
+    with (
+        bucket.faults({"method": "GET", "contains": "checkpoints/2/meta", "status": 503}),
+        pytest.raises(Unreachable, match=r"checkpoints/2: .*503"),
+    ):
+        checkpoints.newest_whole(checkpoints.meta, said.append)
+    assert not said
+    with (
+        bucket.faults({"contains": "checkpoints/3/commit_success.txt", "status": 503}),
+        pytest.raises(Unreachable, match="no checkpoint could be written to gs://"),
+    ):
+        save(checkpoints, 3)
+    assert assert_newest(checkpoints, 2) == ["checkpoints/3 was never finished: passed over"]
+    checkpoints.close()
+
+
+def test_a_bucket_without_rights_is_told_in_a_line(bucket):
+    checkpoints = opened(bucket)
+    save(checkpoints, 1)
+    checkpoints.close()
+    gcs_utils.get_bucket.cache_clear()
+    with (
+        bucket.faults({"contains": "/b/bucket?", "status": 403}),
+        pytest.raises(ConfigError, match=r"gs://.*: Forbidden 403: .* storage.buckets.get") as told,
+    ):
+        opened(bucket)
+    assert "\n" not in str(told.value)
 
 
 def test_none_readable_stops(bucket):

@@ -16,31 +16,6 @@ from protoclip_jax.storage.retries import Unreachable, retried
 CLIENT_TRIES = gcsfs.core.GCSFileSystem.retries
 
 
-class Clock:
-    """Stands for the clock that the retries know: waiting takes no time."""
-
-    def __init__(self, monkeypatch):
-        self.now, self.waits = 0.0, []
-        monkeypatch.setattr(retries, "time", self)
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
-        self.waits.append(seconds)
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    async def at_once(seconds):
-        clock.now += seconds
-
-    clock = Clock(monkeypatch)
-    monkeypatch.setattr(gcsfs.retry.asyncio, "sleep", at_once)
-    return clock
-
-
 class Failing:
     """Fails some times, then answers."""
 
@@ -76,15 +51,15 @@ LASTING = [
 
 
 @pytest.mark.parametrize("error", PASSING, ids=lambda error: type(error).__name__)
-def test_what_may_pass_is_tried_again(clock, error):
+def test_what_may_pass_is_tried_again(no_waiting, error):
     action = Failing(error, 3)
     assert retried("gs://b/x", action) == "answer"
     assert action.calls == 4
-    assert len(clock.waits) == 3
+    assert len(no_waiting.waits) == 3
 
 
 @pytest.mark.parametrize("error", LASTING, ids=lambda error: type(error).__name__)
-def test_what_will_not_pass_is_told_at_once(clock, error):
+def test_what_will_not_pass_is_told_at_once(no_waiting, error):
     action = Failing(error, 1)
     with pytest.raises(OSError, match=r"^gs://b/x: ") as caught:
         retried("gs://b/x", action)
@@ -94,33 +69,33 @@ def test_what_will_not_pass_is_told_at_once(clock, error):
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError("x"), IsADirectoryError("x")])
-def test_what_is_not_there_is_asked_for_once(clock, error):
+def test_what_is_not_there_is_asked_for_once(no_waiting, error):
     action = Failing(error, 1)
     with pytest.raises(type(error)):
         retried("gs://b/x", action)
     assert action.calls == 1
 
 
-def test_a_fault_of_the_program_is_no_outage(clock):
+def test_a_fault_of_the_program_is_no_outage(no_waiting):
     with pytest.raises(TypeError):
         retried("gs://b/x", Failing(TypeError("wrong"), 1))
-    assert not clock.waits
+    assert not no_waiting.waits
 
 
-def test_waits_grow_and_end_and_the_tries_are_told(clock, caplog):
+def test_waits_grow_and_end_and_the_tries_are_told(no_waiting, caplog):
     action = Failing(TimeoutError("no answer"), 10**6)
     with pytest.raises(Unreachable, match=r"^gs://b/x: .*tried (\d+) times in \d+ s\)$") as caught:
         retried("gs://b/x", action)
     assert f"tried {action.calls} times" in str(caught.value)
-    assert clock.now <= retries.PATIENCE
-    assert clock.now > retries.PATIENCE / 2
-    assert max(clock.waits) <= 30
-    assert clock.waits[0] < 2
+    assert no_waiting.now <= retries.PATIENCE
+    assert no_waiting.now > retries.PATIENCE / 2
+    assert max(no_waiting.waits) <= 30
+    assert no_waiting.waits[0] < 2
     # A line a minute, however many threads and tries there are.
     assert 3 <= len(caplog.records) <= 6
 
 
-def test_reads_of_a_busy_server_succeed(bucket, tmp_path, clock):
+def test_reads_of_a_busy_server_succeed(bucket, tmp_path, no_waiting):
     """The client tries each request a few times; beyond that we do."""
     write_list(tmp_path / "data", 2)
     source = open_source(f"{bucket.put(tmp_path / 'data')}/pairs.tsv")
@@ -128,17 +103,17 @@ def test_reads_of_a_busy_server_succeed(bucket, tmp_path, clock):
     with bucket.faults({"contains": "1.jpg", "count": CLIENT_TRIES + 2, "status": 503}):
         assert source.read(1)[0] == picture(1)
     assert len(bucket.requests("1.jpg")) == before + CLIENT_TRIES + 3
-    assert len(clock.waits) == 1
+    assert len(no_waiting.waits) == 1
 
 
-def test_a_missing_object_is_asked_for_once(bucket, clock):
+def test_a_missing_object_is_asked_for_once(bucket, no_waiting):
     with pytest.raises(FileNotFoundError, match=r"gs://.*/none.jpg does not exist"):
         objects.read(f"{bucket.url}/none.jpg")
     assert len(bucket.requests("none.jpg")) == 1
-    assert not clock.waits
+    assert not no_waiting.waits
 
 
-def test_a_picture_that_is_not_ours_is_unreadable_and_an_outage_is_none(bucket, tmp_path, clock):
+def test_an_outage_makes_no_picture_unreadable(bucket, tmp_path, no_waiting):
     """Else an outage would train other pairs than those that were drawn."""
     write_list(tmp_path / "data", 2)
     source = open_source(f"{bucket.put(tmp_path / 'data')}/pairs.tsv")
@@ -153,7 +128,7 @@ def test_a_picture_that_is_not_ours_is_unreadable_and_an_outage_is_none(bucket, 
         source.read(1)
 
 
-def test_writes_are_tried_again_too(bucket, clock):
+def test_writes_are_tried_again_too(bucket, no_waiting):
     before = len(bucket.requests("/upload/"))
     with bucket.faults({"contains": "/upload/", "count": CLIENT_TRIES + 1, "status": 503}):
         objects.write(f"{bucket.url}/x.txt", b"content")

@@ -77,6 +77,8 @@ def data(tmp_path_factory) -> Path:
     """A list and its pictures, the same pairs in tars, and a teacher."""
     folder = tmp_path_factory.mktemp("data")
     pairs = write_pairs(folder / "list", ROWS)
+    broken = folder / "list" / "5.png"
+    broken.write_bytes(broken.read_bytes()[:500])
     captions = [line.split("\t")[1] for line in pairs.read_text().splitlines()[1:]]
     for shard in range(2):
         members = {}
@@ -100,7 +102,7 @@ def local(data, tmp_path_factory) -> Path:
         str(data / "teacher.npy"),
         dict(os.environ),
     )
-    assert run.finish(run.start()) == [0], run.told()[-3000:]
+    assert run.finish(run.start("--profile=1:2")) == [0], run.told()[-3000:]
     return out
 
 
@@ -140,7 +142,7 @@ def test_run_in_a_bucket_killed_in_a_save_and_stopped_equals_a_local_one(
     )
     # Killed while the mark that makes the second checkpoint whole is on its way.
     with bucket.faults({"method": "POST", "contains": "checkpoints/6/commit_success.txt"}):
-        process, end = run.start(), time.monotonic() + 300
+        process, end = run.start("--profile=1:2"), time.monotonic() + 300
         while time.monotonic() < end and process.poll() is None:
             asked = bucket.requests("checkpoints/6/commit_success.txt")
             if any(line.startswith("POST") for line in asked):
@@ -166,6 +168,7 @@ def test_run_in_a_bucket_killed_in_a_save_and_stopped_equals_a_local_one(
     assert {path.name for path in copy.iterdir()} == {
         path.name for path in (local / "run").iterdir()
     }
+    assert (copy / "unreadable.tsv").read_text().startswith(f"5\t{folder}/list/5.png\t")
     assert len(list((copy / "tensorboard").iterdir())) == 3  # of three starts
     # The model is used from there too.
     captions = ["a picture", "number 3"]
