@@ -3,6 +3,7 @@
 The scripts are the real ones and really start processes; what is made up is in `launch/hosts`.
 """
 
+import contextlib
 import os
 import shutil
 import signal
@@ -10,6 +11,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
@@ -106,6 +109,101 @@ class Machine:
         time.sleep(0.15)
 
 
+# What a batch script of two nodes finds in its environment.
+SLURM = {
+    "SLURM_JOB_ID": 77,
+    "SLURM_NTASKS": 2,
+    "SLURM_JOB_NUM_NODES": 2,
+    "SLURM_NTASKS_PER_NODE": 1,
+    "SLURM_CPUS_PER_TASK": 64,
+}
+
+
+class Slurm(Machine):
+    """Runs the batch script as Slurm does: a copy of it, in the folder of the submission."""
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        self.state = folder / "slurm"
+        (self.state / "spool").mkdir(parents=True)
+        for command in ("srun", "scancel", "scontrol"):
+            (self.bin / command).symlink_to(HOSTS / command)
+        self.spooled = self.state / "spool" / "slurm_script"
+        shutil.copy(self.checkout / "launch" / "slurm.sbatch", self.spooled)
+        names = {name: str(value) for name, value in SLURM.items()}
+        self.environment |= names | {
+            "FAKE_SLURM": str(self.state),
+            "FAKE_SCRIPT": str(self.checkout / "launch" / "slurm.sbatch"),
+            "SLURM_SUBMIT_DIR": str(self.checkout),
+        }
+
+    def submit(self, *arguments, restart: int = 0, **options):
+        variables = {} if restart == 0 else {"SLURM_RESTART_COUNT": restart}
+        process = self.start("bash", self.spooled, *arguments, **variables, **options)
+        (self.state / "batch").write_text(str(process.pid))
+        return process
+
+    def queued_again(self) -> bool:
+        requeued = self.state / "requeued"
+        there = requeued.exists()
+        requeued.unlink(missing_ok=True)
+        return there
+
+    def calls(self, command: str) -> list[str]:
+        lines = (self.state / "calls").read_text().splitlines()
+        return [line for line in lines if line.split()[0] == command]
+
+
+ARGUMENTS = ["--config=configs/a b.py", "--workdir=/mnt/runs/x", "--config.x='$HOME' \"*\"", ""]
+
+
+class Cloud(Machine):
+    """A checkout under git, and a slice that does not exist yet."""
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        self.cloud = folder / "cloud"
+        self.cloud.mkdir()
+        # The interpreter itself, without the time that site-packages take.
+        script = f'#!/bin/sh\nexec "{sys.executable}" -I -S "{HOSTS / "gcloud.py"}" "$@"\n'
+        (self.bin / "gcloud").write_text(script)
+        (self.bin / "gcloud").chmod(0o755)
+        (self.checkout / ".gitignore").write_text("runs/\n.venv*/\n")
+        (self.checkout / "configs" / "a b.py").touch()
+        self.git("init", "--quiet")
+        self.git("add", ".")
+        self.environment |= {
+            "FAKE_CLOUD": str(self.cloud),
+            "NAME": "clip",
+            "ZONE": "z",
+            "TYPE": "v4-16",
+            "PAUSE": "0.05",
+            "FOLLOW": "5",
+        }
+
+    def git(self, *arguments) -> None:
+        subprocess.run(["git", *arguments], cwd=self.checkout, check=True)
+
+    def pod(self, *arguments, **options) -> subprocess.Popen:
+        return self.start("bash", "launch/tpu_pod.sh", *(arguments or ARGUMENTS), **options)
+
+    def calls(self, verb: str, word: str = "") -> list[str]:
+        file = self.cloud / "calls"
+        lines = file.read_text().splitlines() if file.exists() else []
+        return [line for line in lines if line.split()[0] == verb and word in line]
+
+    def goes_wrong(self, what: str, how: object = "") -> None:
+        (self.cloud / what).write_text(str(how))
+
+    def home(self, worker: int):
+        return self.cloud / f"worker-{worker}"
+
+    def run_folders(self, worker: int) -> list:
+        return [
+            path for path in (self.home(worker) / "protoclip_jax.runs").iterdir() if path.is_dir()
+        ]
+
+
 def wait_for(path: Path, seconds: float = 20) -> None:
     deadline = time.monotonic() + seconds
     while not path.exists():
@@ -118,10 +216,16 @@ def finished(process: subprocess.Popen, seconds: float = 60) -> subprocess.Compl
     try:
         out, error = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        for number in [process.pid, *descendants(process.pid)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
         out, error = process.communicate()
         raise AssertionError(f"it did not end; it said:\n{out}\n{error}") from None
     return subprocess.CompletedProcess(process.args, process.returncode, out, error)
+
+
+def descendants(number: int) -> list[int]:
+    return [child.pid for child in psutil.Process(number).children(recursive=True)]
 
 
 def alive(number: int) -> bool:
@@ -131,10 +235,3 @@ def alive(number: int) -> bool:
     except OSError:
         return False
     return state != "Z"
-
-
-def python_command(path: Path, *, module_arguments: str = '"$@"') -> Path:
-    """A command that is the Python of these tests, wherever it is called."""
-    path.write_text(f'#!/bin/sh\nPYTHONPATH="{ROOT}" exec "{sys.executable}" {module_arguments}\n')
-    path.chmod(0o755)
-    return path

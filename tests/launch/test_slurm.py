@@ -1,54 +1,10 @@
 """launch/slurm.sbatch under a Slurm of shell scripts: two nodes, one task each."""
 
 import os
-import shutil
 import signal
 
 import pytest
-from launch_hosts import EXIT_CODES, HOSTS, LAUNCH, Machine, finished, other, wait_for
-
-VARIABLES = {
-    "SLURM_JOB_ID": 77,
-    "SLURM_NTASKS": 2,
-    "SLURM_JOB_NUM_NODES": 2,
-    "SLURM_NTASKS_PER_NODE": 1,
-    "SLURM_CPUS_PER_TASK": 64,
-}
-
-
-class Slurm(Machine):
-    """Runs the batch script as Slurm does: a copy of it, in the folder of the submission."""
-
-    def __init__(self, folder):
-        super().__init__(folder)
-        self.state = folder / "slurm"
-        (self.state / "spool").mkdir(parents=True)
-        for command in ("srun", "scancel", "scontrol"):
-            (self.bin / command).symlink_to(HOSTS / command)
-        self.spooled = self.state / "spool" / "slurm_script"
-        shutil.copy(self.checkout / "launch" / "slurm.sbatch", self.spooled)
-        names = {name: str(value) for name, value in VARIABLES.items()}
-        self.environment |= names | {
-            "FAKE_SLURM": str(self.state),
-            "FAKE_SCRIPT": str(self.checkout / "launch" / "slurm.sbatch"),
-            "SLURM_SUBMIT_DIR": str(self.checkout),
-        }
-
-    def submit(self, *arguments, restart: int = 0, **options):
-        variables = {} if restart == 0 else {"SLURM_RESTART_COUNT": restart}
-        process = self.start("bash", self.spooled, *arguments, **variables, **options)
-        (self.state / "batch").write_text(str(process.pid))
-        return process
-
-    def queued_again(self) -> bool:
-        requeued = self.state / "requeued"
-        there = requeued.exists()
-        requeued.unlink(missing_ok=True)
-        return there
-
-    def calls(self, command: str) -> list[str]:
-        lines = (self.state / "calls").read_text().splitlines()
-        return [line for line in lines if line.split()[0] == command]
+from launch_hosts import EXIT_CODES, LAUNCH, SLURM, Slurm, finished, other, wait_for
 
 
 @pytest.fixture
@@ -198,7 +154,7 @@ def test_missing_environment_is_told(slurm):
 
 
 def test_dry_run_shows_the_command(slurm, tmp_path):
-    for name in VARIABLES:
+    for name in SLURM:
         del slurm.environment[name]
     script = LAUNCH / "slurm.sbatch"
     result = slurm.run("bash", script, "--config=a b.py", DRY_RUN=1, folder=tmp_path)

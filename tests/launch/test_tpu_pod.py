@@ -3,62 +3,12 @@
 import os
 import signal
 import subprocess
-import sys
 import tarfile
 import time
 from pathlib import Path
 
 import pytest
-from launch_hosts import EXIT_CODES, HOSTS, Machine, alive, finished, other, wait_for
-
-ARGUMENTS = ["--config=configs/a b.py", "--workdir=/mnt/runs/x", "--config.x='$HOME' \"*\"", ""]
-
-
-class Cloud(Machine):
-    """A checkout under git, and a slice that does not exist yet."""
-
-    def __init__(self, folder):
-        super().__init__(folder)
-        self.cloud = folder / "cloud"
-        self.cloud.mkdir()
-        # The interpreter itself, without the time that site-packages take.
-        script = f'#!/bin/sh\nexec "{sys.executable}" -I -S "{HOSTS / "gcloud.py"}" "$@"\n'
-        (self.bin / "gcloud").write_text(script)
-        (self.bin / "gcloud").chmod(0o755)
-        (self.checkout / ".gitignore").write_text("runs/\n.venv*/\n")
-        (self.checkout / "configs" / "a b.py").touch()
-        self.git("init", "--quiet")
-        self.git("add", ".")
-        self.environment |= {
-            "FAKE_CLOUD": str(self.cloud),
-            "NAME": "clip",
-            "ZONE": "z",
-            "TYPE": "v4-16",
-            "PAUSE": "0.05",
-            "FOLLOW": "5",
-        }
-
-    def git(self, *arguments) -> None:
-        subprocess.run(["git", *arguments], cwd=self.checkout, check=True)
-
-    def pod(self, *arguments, **options) -> subprocess.Popen:
-        return self.start("bash", "launch/tpu_pod.sh", *(arguments or ARGUMENTS), **options)
-
-    def calls(self, verb: str, word: str = "") -> list[str]:
-        file = self.cloud / "calls"
-        lines = file.read_text().splitlines() if file.exists() else []
-        return [line for line in lines if line.split()[0] == verb and word in line]
-
-    def goes_wrong(self, what: str, how: object = "") -> None:
-        (self.cloud / what).write_text(str(how))
-
-    def home(self, worker: int):
-        return self.cloud / f"worker-{worker}"
-
-    def run_folders(self, worker: int) -> list:
-        return [
-            path for path in (self.home(worker) / "protoclip_jax.runs").iterdir() if path.is_dir()
-        ]
+from launch_hosts import ARGUMENTS, EXIT_CODES, Cloud, alive, finished, other, wait_for
 
 
 @pytest.fixture
