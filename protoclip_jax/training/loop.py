@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from protoclip_jax.config import Config
-from protoclip_jax.episodes.extraction import in_episode_order, make_extract_step
+from protoclip_jax.episodes.extraction import EpisodeFeatures, make_extract_step
 from protoclip_jax.episodes.kmeans import Clusters, kmeans
 from protoclip_jax.episodes.prototypes import build_prototypes
 from protoclip_jax.training import record, state, step
@@ -177,19 +176,28 @@ class Trainer:
         self.title, numbers = self.reporter.title(episode), {}
         prepared, self.interrupted = self.interrupted, None
         if phase.prototypes and prepared is None:
-            with self.part(clock, "sample"):
-                batches = self.draw()
-            with self.part(clock, "extract"):
-                image, text, rows = self.extract(episode, batches)
-            with self.part(clock, "cluster"):
-                clusters = self.cluster(episode, image, text, rows)
-            with self.part(clock, "back-translate"):
-                prepared = self.back_translate(image, text, clusters)
-            numbers = cluster_numbers(clusters)
-            self.reporter.prototypes(numbers, self.batches.roomless)
+            prepared, numbers = self.prepare(episode, clock)
         with self.part(clock, "train", phase.name):
             trained, asked = self.train(episode, phase, prepared)
         return numbers | trained, asked
+
+    def prepare(self, episode: int, clock: Stopwatch) -> tuple[Prepared, dict[str, float]]:
+        """All of an episode's steps before training; its features end with them.
+
+        Returns:
+          What training needs, and what there is to log about the clusters.
+        """
+        with self.part(clock, "sample"):
+            batches = self.draw()
+        with self.part(clock, "extract"):
+            features, rows = self.extract(episode, batches)
+        with self.part(clock, "cluster"):
+            clusters = self.cluster(episode, features, rows)
+        with self.part(clock, "back-translate"):
+            prepared = self.back_translate(features[0], features[1], clusters)
+        numbers = cluster_numbers(clusters)
+        self.reporter.prototypes(numbers, self.batches.roomless)
+        return prepared, numbers
 
     def draw(self) -> Iterator[dict]:
         """The episode's batches to extract, once the first of them is there."""
@@ -197,27 +205,23 @@ class Trainer:
         first = next(self.batches)
         return itertools.chain([first], itertools.islice(self.batches, count - 1))
 
-    def extract(
-        self, episode: int, batches: Iterable[dict]
-    ) -> tuple[jax.Array, jax.Array, np.ndarray]:
-        """Projected features, float32 (n, d), of the extracted positions, and the rows read."""
-        pace, rows, features = Pace(), [], []
+    def extract(self, episode: int, batches: Iterable[dict]) -> tuple[jax.Array, np.ndarray]:
+        """Projected features, float32 (2, n, d), of the extracted positions, and the rows read."""
+        count, width = self.config.extracted, self.config.model.projection_width
+        pace, rows, features = Pace(), [], EpisodeFeatures(count, width, self.replicated)
         for batch in batches:
             rows.append(batch["row"])
             arrays = self.input.on_devices(step_inputs(batch))
             parts = self.extract_step(
                 self.state["params"], self.state["batch_stats"], arrays, np.int32(episode)
             )
-            pace.dispatched(parts[0])
-            features.append(parts)
+            pace.dispatched(features.add(*parts, arrays["position"]))
             if self.requests.after_step() == LEAVE:  # nothing of this episode is worth keeping
                 self.save()
                 self.leave()
-        count = self.config.extracted
-        image, text = jax.block_until_ready(in_episode_order(features, count, self.replicated))
-        return image, text, self.input.all_rows(rows)[:count]
+        return jax.block_until_ready(features.whole()), self.input.all_rows(rows)[:count]
 
-    def cluster(self, episode: int, image, text, rows: np.ndarray) -> dict[str, Clusters]:
+    def cluster(self, episode: int, features, rows: np.ndarray) -> dict[str, Clusters]:
         """k-means in each modality, and of the teacher's rows."""
         settings = self.config.episode
         run = functools.partial(
@@ -230,7 +234,7 @@ class Trainer:
             spherical=settings.spherical,
             mesh=self.mesh,
         )
-        both = run(jnp.stack([image, text]), settings.prototypes)
+        both = run(features, settings.prototypes)
         clusters = {
             name: Clusters(*(field[index] for field in both))
             for index, name in enumerate(("image", "text"))
