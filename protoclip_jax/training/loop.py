@@ -80,7 +80,8 @@ class Trainer:
         self.progress = Progress(config.total_steps, config.log.progress)
         self.checkpoints = Checkpoints(workdir, config.checkpoint, config.steps_per_episode)
         self.meta = record.meta(config) | self.input.fingerprints()
-        self.graphdef, self.state = state.create(config, self.mesh)
+        # Only shapes: what a checkpoint holds is not made before.
+        self.graphdef, self.like = state.abstract(config, self.mesh)
         self.done, self.interrupted = self.restored()
         self.saved = self.done
         self.progress.start(self.done)
@@ -108,16 +109,23 @@ class Trainer:
         """
         found = self.checkpoints.newest_whole(self._read, self.progress.say)
         if found is None:
-            if self.config.model.weights is not None:
-                self.state |= start_weights(Path(self.config.model.weights), self.state)
+            self.state = self.fresh()
             record.write(self.workdir, self.config)
             return 0, None
         done, (self.state, prepared) = found
         return done, prepared
 
+    def fresh(self) -> dict:
+        """The state that a new run starts from."""
+        config = self.config
+        if config.model.weights is None:
+            return state.create(config, self.mesh)[1]
+        weights = start_weights(Path(config.model.weights), self.like)
+        return state.around(config, self.mesh, weights)
+
     def _read(self, done: int) -> tuple[dict, Prepared | None]:
         record.check_resumable(self.workdir, self.checkpoints.meta(done), self.meta)
-        restored = self.checkpoints.restore(done, self.state)
+        restored = self.checkpoints.restore(done, self.like)
         episode, steps = divmod(done, self.config.steps_per_episode)
         if not steps or episode not in self.config.prototype_episodes:
             return restored, None
