@@ -1,13 +1,15 @@
 """Features of a whole episode, from the model as it stands."""
 
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, Sharding
-from jaxtyping import Array, Float
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
 
 from protoclip_jax.models import clip, sharding
 
@@ -49,27 +51,65 @@ def make_extract_step(
     return extract_step
 
 
-def in_episode_order(
-    batches: Iterable[tuple[Array, Array]], size: int, place: Sharding | None = None
-) -> tuple[Float[Array, "n d"], Float[Array, "n d"]]:
-    """Joins the features of consecutive batches; what pads the last one is cut off.
+class EpisodeFeatures:
+    """Image and text features of an episode by position, filled batch by batch where they will lie.
 
-    Args:
-      batches: image and text features (b, d), over all devices.
-      size: positions of the pass.
-      place: where the result lies; None: where it is made.
-
-    Raises:
-      RuntimeError: fewer rows came than the episode has positions.
+    One buffer, which each batch is written into: nothing is held twice, and the writing is one
+    small program for all batches of all episodes. A row goes where its position says, whatever the
+    order of devices or batches; a position past the end is padding and goes nowhere.
     """
-    images, texts = zip(*batches, strict=True)
-    rows = sum(part.shape[0] for part in images)
-    if rows < size:
-        raise RuntimeError(f"extraction gave {rows} rows for {size} episode positions")
 
-    def join(*parts):
-        return jnp.concatenate(parts)[:size]
+    def __init__(self, size: int, width: int, place: NamedSharding | None = None):
+        """Allocates it.
 
-    # Compiled, since the devices of several processes take no other way.
-    joined = jax.jit(join, out_shardings=place)
-    return joined(*images), joined(*texts)
+        Args:
+            size: Positions of the pass.
+            width: Of the features.
+            place: Where it lies; None: on one device.
+        """
+        self._size, self._write = size, _writer(place)
+        self._features = jnp.full((2, size, width), jnp.nan, jnp.float32, device=place)
+        self._count = jnp.zeros((), jnp.int32, device=place)
+
+    def add(
+        self,
+        image_bd: Float[Array | np.ndarray, "b d"],
+        text_bd: Float[Array | np.ndarray, "b d"],
+        position_b: Int[Array | np.ndarray, " b"],
+    ) -> Int[Array, ""]:
+        """Takes the features of a batch, over all devices, and where in the episode they belong.
+
+        Returns:
+            How many rows came so far: there as soon as the batch is written.
+        """
+        self._features, self._count = self._write(
+            self._features, self._count, image_bd, text_bd, position_b
+        )
+        return self._count
+
+    def whole(self) -> Float[Array, "2 n d"]:
+        """The features, image before text; no batch follows.
+
+        Raises:
+            RuntimeError: Fewer rows came than the episode has positions, or more.
+        """
+        if (rows := int(self._count)) != self._size:
+            raise RuntimeError(f"extraction gave {rows} rows for {self._size} episode positions")
+        features, self._features = self._features, None
+        return features
+
+
+@functools.cache
+def _writer(place: NamedSharding | None) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """Compiled once a run: `jax.jit` knows a function by its identity."""
+
+    def write(features, count, image_bd, text_bd, position_b):
+        rows = jnp.stack([image_bd, text_bd])
+        if place is not None:  # rows of all devices, wherever they are wanted
+            everywhere = NamedSharding(place.mesh, PartitionSpec())
+            rows = jax.lax.with_sharding_constraint(rows, everywhere)
+            position_b = jax.lax.with_sharding_constraint(position_b, everywhere)
+        features = features.at[:, position_b].set(rows, mode="drop", unique_indices=True)
+        return features, count + jnp.sum(position_b < features.shape[1], dtype=jnp.int32)
+
+    return jax.jit(write, donate_argnums=0, out_shardings=place)

@@ -30,6 +30,8 @@ from protoclip_jax.storage.retries import Unreachable, describe, may_pass, retri
 ITEMS = ("params", "batch_stats", "opt_state")
 DAMAGED = "damaged"  # prefix of the folders that are passed over
 
+_LARGE = 2**20  # numbers of an array that is summed by itself
+
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written, or read by one process only; one line for the user."""
@@ -314,7 +316,14 @@ def checksum(tree: Any) -> UInt32[np.ndarray, " leaves"]:
 
     Integer sums on the devices, so that it is the same for any sharding, and fast.
     """
-    return np.asarray(_checksums([jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)]))
+    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+    # XLA for CPUs holds a copy of all that one program sums: large arrays have one each.
+    large = [number for number, leaf in enumerate(leaves) if leaf.size >= _LARGE]
+    small = [number for number, leaf in enumerate(leaves) if leaf.size < _LARGE]
+    sums = np.zeros(len(leaves), np.uint32)
+    for numbers in filter(None, (*([number] for number in large), small)):
+        sums[numbers] = _checksums([leaves[number] for number in numbers])
+    return sums
 
 
 @jax.jit

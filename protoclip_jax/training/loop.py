@@ -10,14 +10,13 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
 from protoclip_jax.config import Config, ConfigError
 from protoclip_jax.distributed import broadcast
-from protoclip_jax.episodes.extraction import in_episode_order, make_extract_step
+from protoclip_jax.episodes.extraction import EpisodeFeatures, make_extract_step
 from protoclip_jax.episodes.kmeans import Clusters, kmeans
 from protoclip_jax.episodes.prototypes import build_prototypes
 from protoclip_jax.storage import objects
@@ -115,7 +114,8 @@ class Trainer:
         self.checkpoints = Checkpoints(workdir, config.checkpoint, config.steps_per_episode)
         agreement.compare("the processes would read different data", self.input.fingerprints())
         self.meta = record.meta(config) | self.input.fingerprints()
-        self.graphdef, self.state = state.create(config, self.mesh)
+        # Only shapes: what a checkpoint holds is not made before.
+        self.graphdef, self.like = state.abstract(config, self.mesh)
         self.done, self.interrupted = self.restored()
         self.saved = self.done
         self.progress.start(self.done)
@@ -144,16 +144,23 @@ class Trainer:
         """
         found = self.checkpoints.newest_whole(self._read, self.progress.say)
         if found is None:
-            if self.config.model.weights is not None:
-                self.state |= start_weights(workdir_at(self.config.model.weights), self.state)
+            self.state = self.fresh()
             record.write(self.workdir, self.config)
             return 0, None
         done, (self.state, prepared) = found
         return done, prepared
 
+    def fresh(self) -> dict:
+        """The state that a new run starts from."""
+        config = self.config
+        if config.model.weights is None:
+            return state.create(config, self.mesh)[1]
+        weights = start_weights(workdir_at(config.model.weights), self.like)
+        return state.around(config, self.mesh, weights)
+
     def _read(self, done: int) -> tuple[dict, Prepared | None]:
         record.check_resumable(self.workdir, self.checkpoints.meta(done), self.meta)
-        restored = self.checkpoints.restore(done, self.state)
+        restored = self.checkpoints.restore(done, self.like)
         episode, steps = divmod(done, self.config.steps_per_episode)
         if not steps or episode not in self.config.prototype_episodes:
             return restored, None
@@ -215,19 +222,28 @@ class Trainer:
         self.title, numbers = self.reporter.title(episode), {}
         prepared, self.interrupted = self.interrupted, None
         if phase.prototypes and prepared is None:
-            with self.part(clock, "sample"):
-                batches = self.draw()
-            with self.part(clock, "extract"):
-                image, text, rows = self.extract(episode, batches)
-            with self.part(clock, "cluster"):
-                clusters = self.cluster(episode, image, text, rows)
-            with self.part(clock, "back-translate"):
-                prepared = self.back_translate(image, text, clusters)
-            numbers = cluster_numbers(clusters)
-            self.reporter.prototypes(numbers, self.batches.roomless)
+            prepared, numbers = self.prepare(episode, clock)
         with self.part(clock, "train", phase.name):
             trained, asked = self.train(episode, phase, prepared)
         return numbers | trained, asked
+
+    def prepare(self, episode: int, clock: Stopwatch) -> tuple[Prepared, dict[str, float]]:
+        """All of an episode's steps before training; its features end with them.
+
+        Returns:
+          What training needs, and what there is to log about the clusters.
+        """
+        with self.part(clock, "sample"):
+            batches = self.draw()
+        with self.part(clock, "extract"):
+            features, rows = self.extract(episode, batches)
+        with self.part(clock, "cluster"):
+            clusters = self.cluster(episode, features, rows)
+        with self.part(clock, "back-translate"):
+            prepared = self.back_translate(features[0], features[1], clusters)
+        numbers = cluster_numbers(clusters)
+        self.reporter.prototypes(numbers, self.batches.roomless)
+        return prepared, numbers
 
     def draw(self) -> Iterator[dict]:
         """The episode's batches to extract, once the first of them is there."""
@@ -235,11 +251,11 @@ class Trainer:
         first = next(self.batches)
         return itertools.chain([first], itertools.islice(self.batches, count - 1))
 
-    def extract(
-        self, episode: int, batches: Iterable[dict]
-    ) -> tuple[jax.Array, jax.Array, np.ndarray]:
-        """Projected features, float32 (n, d), of the extracted positions, and the rows read."""
-        pace, positions, rows, features = Pace(), [], [], []
+    def extract(self, episode: int, batches: Iterable[dict]) -> tuple[jax.Array, np.ndarray]:
+        """Projected features, float32 (2, n, d), of the extracted positions, and the rows read."""
+        count, width = self.config.extracted, self.config.model.projection_width
+        features = EpisodeFeatures(count, width, self.replicated)
+        pace, positions, rows = Pace(), [], []
         for batch in batches:
             positions.append(batch["position"])
             rows.append(batch["row"])
@@ -247,16 +263,14 @@ class Trainer:
             parts = self.extract_step(
                 self.state["params"], self.state["batch_stats"], arrays, np.int32(episode)
             )
-            pace.dispatched(parts[0])
-            features.append(parts)
+            pace.dispatched(features.add(*parts, arrays["position"]))
             if self.requests.after_step() == LEAVE:  # nothing of this episode is worth keeping
                 self.save()
                 self.leave()
-        count = self.config.extracted
-        image, text = jax.block_until_ready(in_episode_order(features, count, self.replicated))
-        return image, text, self.input.all_rows(positions, rows, count)
+        rows_n = self.input.all_rows(positions, rows, count)
+        return jax.block_until_ready(features.whole()), rows_n
 
-    def cluster(self, episode: int, image, text, rows: np.ndarray) -> dict[str, Clusters]:
+    def cluster(self, episode: int, features, rows: np.ndarray) -> dict[str, Clusters]:
         """k-means in each modality, and of the teacher's rows."""
         settings = self.config.episode
         run = functools.partial(
@@ -269,7 +283,7 @@ class Trainer:
             spherical=settings.spherical,
             mesh=self.mesh,
         )
-        both = run(jnp.stack([image, text]), settings.prototypes)
+        both = run(features, settings.prototypes)
         clusters = {
             name: Clusters(*(field[index] for field in both))
             for index, name in enumerate(("image", "text"))

@@ -71,6 +71,16 @@ def shapes(config: Config) -> tuple[nnx.GraphDef, dict[str, Any]]:
     return graphdef, jax.eval_shape(lambda p, s: _fresh(config, p, s), params, stats)
 
 
+def abstract(config: Config, mesh: Mesh) -> tuple[nnx.GraphDef, dict[str, Any]]:
+    """The same with the place of every array: what a checkpoint is read into."""
+    graphdef, like = shapes(config)
+    return graphdef, jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        like,
+        shardings(like, mesh),
+    )
+
+
 def create(config: Config, mesh: Mesh) -> tuple[nnx.GraphDef, dict[str, Any]]:
     """Initialises model and optimizer.
 
@@ -86,6 +96,24 @@ def create(config: Config, mesh: Mesh) -> tuple[nnx.GraphDef, dict[str, Any]]:
 
     graphdef, like = shapes(config)
     return graphdef, jax.jit(fresh, out_shardings=shardings(like, mesh))()
+
+
+def around(config: Config, mesh: Mesh, weights: dict[str, Any]) -> dict[str, Any]:
+    """The TrainState of a new run around weights that are there already: no others are made.
+
+    Args:
+      config: of the new run.
+      mesh: where they lie.
+      weights: "params" and "batch_stats".
+    """
+
+    def rest(weights):
+        fresh = _fresh(config, weights["params"], weights["batch_stats"])
+        return {name: tree for name, tree in fresh.items() if name not in weights}
+
+    places = shardings(weights, mesh)
+    places = {name: place for name, place in places.items() if name not in weights}
+    return jax.jit(rest, out_shardings=places)(weights) | weights
 
 
 def shardings(state: dict[str, Any], mesh: Mesh) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import pytest
 from golden_files import golden
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from protoclip_jax.episodes.extraction import in_episode_order
 from protoclip_jax.episodes.kmeans import kmeans
 from protoclip_jax.episodes.prototypes import back_translate, build_prototypes
 from protoclip_jax.episodes.segments import exact_segment_sums, segment_sums
@@ -103,14 +102,3 @@ def test_prototypes_of_an_episode():
     np.testing.assert_allclose(built["external"]["in_image"][3], mean(image, teacher, 3), **close)
     np.testing.assert_array_equal(built["external"]["counts"], np.bincount(teacher, minlength=9))
     assert "external" not in build_prototypes(image, text, image_clusters, text_clusters, None, 0)
-
-
-@pytest.mark.parametrize("size", [9, 11, 12])
-def test_features_keep_every_position_and_no_padding(size):
-    """Also where the last batch of the extraction is not full."""
-    batches = [(FEATURES[first : first + 4], FEATURES[first + 20 :][:4]) for first in (0, 4, 8)]
-    image, text = in_episode_order(iter(batches), size)
-    np.testing.assert_array_equal(image, FEATURES[:size])
-    np.testing.assert_array_equal(text, FEATURES[20 : 20 + size])
-    with pytest.raises(RuntimeError, match=f"8 rows for {size} episode positions"):
-        in_episode_order(iter(batches[:2]), size)

@@ -266,16 +266,15 @@ def test_extraction_gives_each_position_its_features(pairs, tmp_path):
                 found.append(trainer.extract(0, trainer.draw()))
         finally:
             trainer.close()
-    (image, text, rows), (other_image, other_text, other_rows) = found
-    assert image.shape == text.shape == (26, 12)
+    (features, rows), (other_features, other_rows) = found
+    assert features.shape == (2, 26, 12)
     assert len(set(rows)) == 26
     np.testing.assert_array_equal(rows, other_rows)
     # Float32 sums in an order that depends on the batch.
-    np.testing.assert_allclose(image, other_image, atol=1e-5)
-    np.testing.assert_allclose(text, other_text, atol=1e-5)
-    # Nothing is left at zero, and no features stand twice.
-    np.testing.assert_allclose(np.linalg.norm(image, axis=1), 1, rtol=1e-5)
-    assert len(np.unique(np.round(image, 4), axis=0)) == 26
+    np.testing.assert_allclose(features, other_features, atol=1e-5)
+    # Nothing is left over, and no features stand twice.
+    np.testing.assert_allclose(np.linalg.norm(features, axis=2), 1, rtol=1e-5)
+    assert len(np.unique(np.round(features[0], 4), axis=0)) == 26
 
 
 # Online assignment, kept pictures, and what is told of them.
