@@ -68,7 +68,8 @@ def build_parser() -> argparse.ArgumentParser:
     folder.add_argument(
         "--by-position",
         action="store_true",
-        help="the i-th name belongs to the i-th folder, sorted; default: match by name",
+        help="the i-th name belongs to the i-th folder, in the order of numbers or letters; "
+        "default: match by name",
     )
     parser.add_argument("--batch", type=int, default=256, help="pictures at a time; default: 256")
     return parser
