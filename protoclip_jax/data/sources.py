@@ -111,6 +111,11 @@ def _found(spec: str) -> str:
     return "" if os.path.exists(spec) else " (no such file or folder)"
 
 
+def needless_limit(pairs: int, limit: int | None) -> str | None:
+    """A line on a limit above the number of pairs, which takes them all; none where it acts."""
+    return f"there are only {pairs:,} pairs, and all are used" if limit and limit > pairs else None
+
+
 def open_source(
     spec: str,
     *,
