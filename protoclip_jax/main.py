@@ -28,6 +28,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from absl import app, flags, logging
 
+from protoclip_jax import idle_options
 from protoclip_jax.config import ConfigError
 from protoclip_jax.recipe import OVERRIDE, configured, option_types
 from protoclip_jax.storage.home import at_home
@@ -75,6 +76,9 @@ def run(argv: Sequence[str]) -> int:
         compilation_cache.turn_on()
         devices = agreement.devices()
         config = configured(_CONFIG.value, overrides, jax.device_count())
+        if jax.process_index() == 0:
+            for line in idle_options.told(config):
+                print(f"protoclip_jax: {line}", file=sys.stderr)
         if _DRY_RUN.value:
             print(dry_run.describe(config))
         else:

@@ -20,6 +20,7 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
+from protoclip_jax import idle_options
 from protoclip_jax.config import REFERENCE_FLAGS, Config, ConfigError, check, flatten
 from protoclip_jax.data import typed_values
 from protoclip_jax.storage.home import at_home
@@ -186,6 +187,7 @@ def resolve(recipe: ml_collections.ConfigDict, num_devices: int | None = 1) -> C
         values.update(REFERENCE_FLAGS)
     config = _build(Config, values)
     check(config, num_devices)
+    idle_options.refuse(config)
     return config
 
 

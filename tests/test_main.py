@@ -96,8 +96,10 @@ def test_home_folder_of_a_loaded_run(monkeypatch):
 
 
 def test_dry_run_shows_the_plan_without_training():
-    result = command("--config=configs/cc3m_single_gpu.py", "--dry_run")
+    result = command("--config=configs/cc3m_single_gpu.py", "--dry_run", "--config.data.threads=3")
     assert result.returncode == 0, result.stderr
+    told = [line for line in result.stderr.splitlines() if line.startswith("protoclip_jax: ")]
+    assert told == ["protoclip_jax: of no effect: data.threads=3: data.workers=8 decode"]
     for part in ("2 to 98", "99 to 100", "locked", "Memory of a device", "Learning rate"):
         assert part in result.stdout, result.stdout
 
