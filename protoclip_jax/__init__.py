@@ -25,7 +25,8 @@ def load(workdir: str | os.PathLike, step: int | None = None) -> Encoder:
       ConfigError: no run, or no such checkpoint, in the folder.
     """
     # Imported here, so that `import protoclip_jax` costs nothing.
+    from protoclip_jax.storage.home import at_home
     from protoclip_jax.storage.paths import workdir_at
     from protoclip_jax.training.restore import restore_encoder
 
-    return restore_encoder(workdir_at(workdir), step)
+    return restore_encoder(workdir_at(at_home(os.fspath(workdir))), step)

@@ -200,6 +200,15 @@ CHOICES = {
     "episode.empty": ("split", "keep"),
     "evaluation.suite": ("", "emoji_text"),
 }
+# What parity="reference" sets.
+REFERENCE_FLAGS = {
+    "data.keep": "none",
+    "data.parity_preprocess": True,
+    "episode.replacement": True,
+    "objective.mask_unused": False,
+    "objective.freeze": False,
+    "optimizer.parity_schedule": True,
+}
 ABOVE_ZERO = (
     "model.projection_hidden",
     "model.projection_width",

@@ -20,10 +20,10 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+from protoclip_jax.data import typed_values
 from protoclip_jax.data.source_options import WHAT, add_source_options, chosen_source
 from protoclip_jax.storage import objects
 from protoclip_jax.storage.atomic import write_json
@@ -42,20 +42,30 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--workdir", required=True, help="folder of a training run, or gs://...")
+    parser.add_argument(
+        "--workdir",
+        required=True,
+        type=typed_values.place,
+        help="folder of a training run, or gs://...",
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--source",
+        type=typed_values.place,
         default=EMOJI_TEXT,
         help=f"emoji_text (default), or {WHAT}",
     )
-    what.add_argument("--folder", type=Path, help="test pictures, one sub-folder a class")
+    what.add_argument(
+        "--folder", type=typed_values.path, help="test pictures, one sub-folder a class"
+    )
     add_source_options(parser)
     folder = parser.add_argument_group("with --folder")
-    folder.add_argument("--train-folder", type=Path, help="pictures to fit a linear probe on")
+    folder.add_argument(
+        "--train-folder", type=typed_values.path, help="pictures to fit a linear probe on"
+    )
     folder.add_argument(
         "--names",
-        type=Path,
+        type=typed_values.path,
         help="class names: .json {folder: name}, or a list, one name a line, that holds every "
         "folder's name; default: the folder names",
     )
@@ -68,9 +78,15 @@ def build_parser() -> argparse.ArgumentParser:
     folder.add_argument(
         "--by-position",
         action="store_true",
-        help="the i-th name belongs to the i-th folder, sorted; default: match by name",
+        help="the i-th name belongs to the i-th folder, in the order of numbers or letters; "
+        "default: match by name",
     )
-    parser.add_argument("--batch", type=int, default=256, help="pictures at a time; default: 256")
+    parser.add_argument(
+        "--batch",
+        type=typed_values.above_zero,
+        default=256,
+        help="pictures at a time; default: 256",
+    )
     return parser
 
 

@@ -21,14 +21,18 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
 # XLA's and orbax's chatter would break the progress bar; errors still show.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from absl import app, flags, logging
 
+from protoclip_jax import idle_options
 from protoclip_jax.config import ConfigError
-from protoclip_jax.recipe import OVERRIDE, configured
+from protoclip_jax.recipe import OVERRIDE, configured, option_types
+from protoclip_jax.storage.home import at_home
+from protoclip_jax.suggestions import no_such_word
 
 LEFT = 75  # EX_TEMPFAIL: what a scheduler may start again
 
@@ -72,6 +76,9 @@ def run(argv: Sequence[str]) -> int:
         compilation_cache.turn_on()
         devices = agreement.devices()
         config = configured(_CONFIG.value, overrides, jax.device_count())
+        if jax.process_index() == 0:
+            for line in idle_options.told(config):
+                print(f"protoclip_jax: {line}", file=sys.stderr)
         if _DRY_RUN.value:
             print(dry_run.describe(config))
         else:
@@ -139,11 +146,47 @@ def _told(error: BaseException) -> int | None:
 
 
 def parse(argv: Sequence[str]) -> list:
-    """Parses flags; what starts with --config. is left for `run`, as one list at the end."""
+    """Parses flags; what starts with --config. is left for `run`, as one list at the end.
+
+    A word that is no option ends the program with code 2: a long dash or a missing --config. would
+    else start another run than the one that was asked for.
+    """
     overrides = [text for text in argv if text.startswith(OVERRIDE)]
     rest = [text for text in argv if not text.startswith(OVERRIDE)]
-    positional = app.parse_flags_with_usage(rest)
-    return [*positional, overrides]
+    try:
+        program, *words = flags.FLAGS(rest)
+        for name in ("config", "workdir"):
+            if flags.FLAGS[name].value is not None:
+                flags.FLAGS[name].value = _path(name, flags.FLAGS[name].value)
+    except flags.UnrecognizedFlagError as error:
+        meant = (text for text in rest[1:] if text.lstrip("-").startswith(error.flagname))
+        _refuse(_no_such_word(next(meant, f"--{error.flagname}")))
+    except (flags.Error, ValueError) as error:
+        _refuse(str(error).splitlines()[0])
+    for override in overrides:
+        if "=" not in override:
+            _refuse(f"{override}: write {override}={words[0] if words else 'VALUE'}")
+    if words:
+        _refuse(_no_such_word(words[0]))
+    return [program, overrides]
+
+
+def _path(name: str, text: str) -> str:
+    if not text:
+        raise ValueError(f"--{name}= is empty")
+    return at_home(text)
+
+
+def _no_such_word(word: str) -> str:
+    options = [path for path, _, _ in option_types()]
+    here = flags.FLAGS.find_module_defining_flag("workdir")
+    ours = [flag.name for flag in flags.FLAGS.get_flags_for_module(here)]
+    return no_such_word(word, options, ours)
+
+
+def _refuse(message: str) -> NoReturn:
+    print(f"protoclip_jax: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 def main() -> None:

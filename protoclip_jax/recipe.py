@@ -6,8 +6,11 @@ before anything heavy starts.
 """
 
 import dataclasses
-import difflib
+import math
+import os
 import runpy
+import sysconfig
+import traceback
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -17,18 +20,14 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
-from protoclip_jax.config import Config, ConfigError, check, flatten
+from protoclip_jax import idle_options
+from protoclip_jax.config import REFERENCE_FLAGS, Config, ConfigError, check, flatten
+from protoclip_jax.data import typed_values
+from protoclip_jax.storage.home import at_home
+from protoclip_jax.suggestions import no_such_option
 
 OVERRIDE = "--config."
-
-REFERENCE_FLAGS = {
-    "data.keep": "none",
-    "data.parity_preprocess": True,
-    "episode.replacement": True,
-    "objective.mask_unused": False,
-    "objective.freeze": False,
-    "optimizer.parity_schedule": True,
-}
+PATHS = ("data.train", "data.image_root", "data.teacher", "model.weights")
 
 
 def option_types(cls: type = Config, prefix: str = "") -> Iterator[tuple[str, type, bool]]:
@@ -62,15 +61,71 @@ def load_recipe(path: str) -> ml_collections.ConfigDict:
     Raises:
       ConfigError: no such file, or the recipe itself fails.
     """
-    file, _, argument = path.partition(":")
-    if not Path(file).is_file():
-        raise ConfigError(f"--config={file}: there is no such file")
+    file, argument = _file_and_argument(path)
     try:
-        get_config = runpy.run_path(file)["get_config"]
-        return get_config(argument) if argument else get_config()
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"--config={file}: {type(error).__name__}: {reason}") from error
+        if not Path(file).is_file():
+            raise ConfigError(f"--config={file}: there is no such file")
+        get_config = runpy.run_path(file).get("get_config")
+        recipe = _called(get_config, argument)
+        _check_form(recipe)
+        return recipe
+    except ConfigError:
+        raise
+    except (Exception, SystemExit) as error:  # a recipe is a program: it raises anything
+        raise ConfigError(f"--config={_place(error, file)}: {_reason(error)}") from error
+
+
+def _file_and_argument(path: str) -> tuple[str, str]:
+    try:
+        path = at_home(path)
+    except ValueError as error:
+        raise ConfigError(f"--config={error}") from None
+    file, mark, argument = path.partition(".py:")
+    return (f"{file}.py", argument) if mark else (path, "")
+
+
+def _called(get_config: Any, argument: str) -> Any:
+    if not callable(get_config):
+        raise TypeError("a recipe has a function get_config(), which returns its settings")
+    return get_config(argument) if argument else get_config()
+
+
+def _check_form(recipe: Any) -> None:
+    """Refuses what is not made of `defaults()`; computes what a recipe computes late.
+
+    Raises:
+      TypeError: says what was returned.
+    """
+    if not isinstance(recipe, ml_collections.ConfigDict) or isinstance(
+        recipe, ml_collections.FrozenConfigDict
+    ):
+        kind = type(recipe).__name__
+        raise TypeError(f"get_config() returned a {kind}, wanted the settings from defaults()")
+    flatten(recipe.to_dict())
+    for path, _, _ in option_types():
+        name = path.rpartition(".")[0]
+        if name and not isinstance(recipe.get(name), ml_collections.ConfigDict):
+            raise TypeError(f"get_config() returned settings without the section {name!r}")
+
+
+def _place(error: BaseException, file: str) -> str:
+    """File and line of a fault in a recipe, or in what it runs of its own."""
+    if isinstance(error, SyntaxError) and error.lineno and Path(error.filename or "").is_file():
+        return f"{error.filename}:{error.lineno}"
+    kinds = ("stdlib", "platstdlib", "purelib", "platlib")
+    libraries = (str(Path(__file__).parent) + os.sep, "<", *map(sysconfig.get_path, kinds))
+    theirs = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename == file or not frame.filename.startswith(libraries)
+    ]
+    return f"{theirs[-1].filename}:{theirs[-1].lineno}" if theirs else file
+
+
+def _reason(error: BaseException) -> str:
+    text = error.msg if isinstance(error, SyntaxError) else str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return ": ".join([type(error).__name__, *lines[:1]])
 
 
 def configured(file: str, overrides: Sequence[str], num_devices: int | None) -> Config:
@@ -96,7 +151,7 @@ def apply_override(recipe: ml_collections.ConfigDict, path: str, text: str) -> N
     """
     options = {name: (kind, optional) for name, kind, optional in option_types()}
     if path not in options:
-        raise ConfigError(_no_such_option(path, options))
+        raise ConfigError(no_such_option(path, options))
     kind, optional = options[path]
     value = _parse(path, text, kind, optional)
     section, name = _section(recipe, path)
@@ -118,15 +173,40 @@ def resolve(recipe: ml_collections.ConfigDict, num_devices: int | None = 1) -> C
     given = flatten(recipe.to_dict())
     for path in given:
         if path not in options:
-            raise ConfigError(_no_such_option(path, options))
+            raise ConfigError(no_such_option(path, options))
     values = {
         path: _checked(path, given.get(path), *options[path]) for path in options if path in given
     }
+    for path in PATHS:
+        if values.get(path):
+            values[path] = _at_home(path, values[path])
+    if "data.separator" in values:
+        values["data.separator"] = typed_values.separator(values["data.separator"])
     if values.get("parity") == "reference":
+        _refuse_against_parity(values)
         values.update(REFERENCE_FLAGS)
     config = _build(Config, values)
     check(config, num_devices)
+    idle_options.refuse(config)
     return config
+
+
+def _at_home(path: str, value: str) -> str:
+    try:
+        return at_home(value)
+    except ValueError as error:
+        raise ConfigError(f"config.{path}={error}") from None
+
+
+def _refuse_against_parity(values: dict[str, Any]) -> None:
+    """Refuses a flag that is set to something of its own, which parity would undo."""
+    default = flatten(dataclasses.asdict(Config()))
+    for path, wanted in REFERENCE_FLAGS.items():
+        if values.get(path, default[path]) not in (default[path], wanted):
+            raise ConfigError(
+                f"parity=reference sets config.{path}={wanted}, and the recipe "
+                f"{values[path]!r}: leave one of them out"
+            )
 
 
 def from_flat(values: dict[str, Any]) -> Config:
@@ -141,25 +221,22 @@ def _section(recipe: ml_collections.ConfigDict, path: str) -> tuple[ml_collectio
     return recipe, name
 
 
-def _no_such_option(path: str, options: dict) -> str:
-    """The error for an unknown option, naming the right section or the nearest name."""
-    leaves = {option.split(".")[-1]: option for option in options}
-    name = path.split(".")[-1].replace("-", "_")
-    near = [leaves[name]] if name in leaves else difflib.get_close_matches(path, options, n=1)
-    near = near or [leaves[leaf] for leaf in difflib.get_close_matches(name, leaves, n=1)]
-    message = f"there is no option config.{path}"
-    return f"{message}: did you mean config.{near[0]}?" if near else message
-
-
 def _parse(path: str, text: str, kind: type, optional: bool) -> Any:
     if optional and text.lower() in ("none", "null"):
         return None
     try:
         if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-        return kind(text)
+        value = kind(text)
     except (KeyError, ValueError):
         raise ConfigError(_wrong_type(path, text, kind, optional)) from None
+    return _finite(path, value)
+
+
+def _finite(path: str, value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"config.{path}={value}: it must be a finite number")
+    return value
 
 
 def _checked(path: str, value: Any, kind: type, optional: bool) -> Any:
@@ -167,9 +244,9 @@ def _checked(path: str, value: Any, kind: type, optional: bool) -> Any:
     if value is None and optional:
         return None
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        return _finite(path, float(value) if abs(value) < 2**1023 else math.inf)
     if isinstance(value, kind) and (kind is not int or not isinstance(value, bool)):
-        return value
+        return _finite(path, value)
     raise ConfigError(_wrong_type(path, value, kind, optional))
 
 

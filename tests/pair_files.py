@@ -71,3 +71,18 @@ def write_shards(folder: Path, shards: int, rows: int) -> str:
             members[f"{number:09}.json"] = {"caption": caption(number), "url": "http://x/y"}
         write_tar(folder / f"{shard:05}.tar", members)
     return str(folder)
+
+
+class Unlooked:
+    """A source that meets its captions only when they are read, as sets of TFDS do."""
+
+    name, fingerprint = "unlooked", "0"
+
+    def __init__(self, captions: list[str]):
+        self.captions = captions
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def read(self, row: int) -> tuple[bytes, str]:
+        return picture(row), self.captions[row]

@@ -7,8 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 from tiny_run import CONFIGS, metrics, small_config, tiny_models, write_pairs  # noqa: F401
 
+import protoclip_jax
+from protoclip_jax import main
+from protoclip_jax.config import ConfigError
 from protoclip_jax.training import loop
 from protoclip_jax.training.logging import read_metrics
 
@@ -42,9 +47,59 @@ def test_wrong_command_is_one_line_and_exit_code_2(arguments, message):
     assert len(result.stderr.strip().splitlines()) == 1, result.stderr
 
 
+GIVEN = ["main", "--config=configs/quickstart.py", "--workdir=x"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--config.seed=1", "optimizer.batch=3"], "write --config.optimizer.batch=3"),
+        (["--optimizer.batch=3"], "write --config.optimizer.batch=3"),
+        (["\u2014config.optimizer.batch=3"], "write --config.optimizer.batch=3"),
+        (["\u2013-dry_run"], "write --dry_run"),
+        (["-config.seed=3"], "write --config.seed=3"),
+        (["--wokrdir=y"], "did you mean --workdir=y?"),
+        (["--config.optimizer.batch", "3"], "write --config.optimizer.batch=3"),
+        (["--config.log.progress"], "write --config.log.progress=VALUE"),
+        (["--", "stray"], "stray is no option"),
+        (["y"], "y is no option: options are"),
+        (["--num_processes=two"], "--num_processes=two"),
+        (["--workdir"], "Missing value for flag --workdir"),
+        (["--workdir="], "--workdir= is empty"),
+        (["--config="], "--config= is empty"),
+        (["--workdir=~nobody-here/x"], "there is no home folder ~nobody-here"),
+    ],
+)
+@flagsaver.flagsaver
+def test_words_that_are_no_option_are_refused(words, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main.parse([*GIVEN, *words])
+    told = capsys.readouterr().err
+    assert message in told
+    assert len(told.splitlines()) == 1
+    assert told.startswith("protoclip_jax: ")
+
+
+@flagsaver.flagsaver
+def test_home_folder_of_workdir_and_recipe(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/of/somebody")
+    found = main.parse(["main", "--config=~/r.py:a", "--workdir=~/runs/x", "--config.seed=3"])
+    assert found == ["main", ["--config.seed=3"]]
+    assert flags.FLAGS.config == "/home/of/somebody/r.py:a"
+    assert flags.FLAGS.workdir == "/home/of/somebody/runs/x"
+
+
+def test_home_folder_of_a_loaded_run(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/of/somebody")
+    with pytest.raises(ConfigError, match="/home/of/somebody/runs/x is no workdir"):
+        protoclip_jax.load("~/runs/x")
+
+
 def test_dry_run_shows_the_plan_without_training():
-    result = command("--config=configs/cc3m_single_gpu.py", "--dry_run")
+    result = command("--config=configs/cc3m_single_gpu.py", "--dry_run", "--config.data.threads=3")
     assert result.returncode == 0, result.stderr
+    told = [line for line in result.stderr.splitlines() if line.startswith("protoclip_jax: ")]
+    assert told == ["protoclip_jax: of no effect: data.threads=3: data.workers=8 decode"]
     for part in ("2 to 98", "99 to 100", "locked", "Memory of a device", "Learning rate"):
         assert part in result.stdout, result.stdout
 

@@ -1,14 +1,19 @@
 """Recipes and overrides: what is wrong is named in one line, before anything heavy starts."""
 
 import dataclasses
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
+import ml_collections
 import pytest
 
-from protoclip_jax.config import Config, ConfigError, flatten
+from protoclip_jax.config import REFERENCE_FLAGS, Config, ConfigError, flatten
 from protoclip_jax.recipe import (
-    REFERENCE_FLAGS,
+    PATHS,
     apply_override,
+    configured,
     defaults,
     from_flat,
     load_recipe,
@@ -173,9 +178,166 @@ def test_recipe_file_that_is_missing_or_broken(tmp_path):
         "def get_config():\n    config = defaults()\n    config.episode.size = 'big'\n"
     )
     with pytest.raises(
-        ConfigError, match=r"broken\.py: TypeError: Could not override field 'size'"
+        ConfigError, match=r"broken\.py:4: TypeError: Could not override field 'size'"
     ):
         load_recipe(str(broken))
+
+
+START = "from protoclip_jax.recipe import defaults\nconfig = defaults()\n"
+GIVE = "def get_config():\n    return config\n"
+
+# A recipe, the line of its fault (None: of the file as a whole), and what is said.
+FAULTY = {
+    "syntax": ("x = 1\nif x\n", 2, "SyntaxError"),
+    "indent": ("def get_config():\nreturn 1\n", 2, "IndentationError"),
+    "bytes": (b"x = 1\ny = '\xff'\n", 2, "SyntaxError"),
+    "zero": (b"x = 1\0\n", None, "null bytes"),
+    "import": ("import no_such_package\n", 1, "ModuleNotFoundError: No module named 'no_such_pack"),
+    "name": (START + "config.seed = sead\n", 3, "NameError: name 'sead' is not defined"),
+    "division": (START + GIVE + "\n1 / 0\n", 6, "ZeroDivisionError"),
+    "inside": ("def get_config():\n    return [][1]\n", 2, "IndexError"),
+    "empty": ("def get_config():\n    raise ValueError\n", 2, "ValueError"),
+    "assertion": ("assert False\n", 1, "AssertionError"),
+    "lines": ("raise RuntimeError('\\n\\none\\ntwo')\n", 1, "RuntimeError: one"),
+    "exit": ("import sys\nsys.exit(0)\n", 2, "SystemExit: 0"),
+    "recursion": ("def get_config():\n    return get_config()\n", 2, "RecursionError"),
+    "file": ("open('/nowhere/at/all')\n", 1, "FileNotFoundError"),
+    "nothing": ("x = 1\n", None, "TypeError: a recipe has a function get_config()"),
+    "no function": ("get_config = 3\n", None, "TypeError: a recipe has a function get_config()"),
+    "argument": ("def get_config(size):\n    return size\n", None, "missing 1 required positional"),
+    "no return": ("def get_config():\n    pass\n", None, "get_config() returned a NoneType"),
+    "dict": ("def get_config():\n    return {'seed': 1}\n", None, "get_config() returned a dict"),
+    "frozen": (
+        START + "import ml_collections\ndef get_config():\n"
+        "    return ml_collections.FrozenConfigDict(config)\n",
+        None,
+        "returned a FrozenConfigDict",
+    ),
+    "section": (START + "del config.optimizer\n" + GIVE, None, "without the section 'optimizer'"),
+    "late": (
+        START + "config.seed = 1\nconfig.episode.size = 2 // config.get_ref('seed')\n"
+        "config.seed = 0\n" + GIVE,
+        None,
+        "ZeroDivisionError",
+    ),
+    "json": ('{"seed": null}', 1, "NameError: name 'null' is not defined"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTY)
+def test_any_fault_of_a_recipe_is_one_line_with_its_place(name, tmp_path):
+    text, line, message = FAULTY[name]
+    path = tmp_path / "wrong.py"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConfigError) as caught:
+        configured(str(path), ["--config.optimizer.batch=64"], None)
+    place = f"--config={path}:" + (f"{line}: " if line else " ")
+    assert str(caught.value).startswith(place), str(caught.value)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_fault_in_what_a_recipe_runs_is_placed_there(tmp_path):
+    (tmp_path / "base.py").write_text(START + "config.episode.size = 'big'\n" + GIVE)
+    (tmp_path / "cut.py").write_text("\n\nx = (\n")
+    for name, place in (("base", "base.py:3: TypeError"), ("cut", "cut.py:3: SyntaxError")):
+        path = tmp_path / "outer.py"
+        path.write_text(
+            "from pathlib import Path\nfrom runpy import run_path\ndef get_config():\n"
+            f"    return run_path(str(Path(__file__).with_name('{name}.py')))['get_config']()\n"
+        )
+        with pytest.raises(ConfigError, match=f"--config={tmp_path}/{place}"):
+            load_recipe(str(path))
+
+
+def test_faults_are_told_before_jax_is_imported(tmp_path):
+    """Exit code 2 and one line, by the command itself; a process for all of them."""
+    for number, (text, *_) in enumerate(FAULTY.values()):
+        data = text if isinstance(text, bytes) else text.encode()
+        (tmp_path / f"{number}.py").write_bytes(data)
+    script = textwrap.dedent(
+        f"""
+        import sys
+        from protoclip_jax import main
+        for number in range({len(FAULTY)}):
+            words = ["main", f"--config={tmp_path}/{{number}}.py", "--workdir=x"]
+            print(main.run(main.parse(words)), "jax" in sys.modules)
+        """
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=CONFIGS.parent
+    )
+    assert found.stdout.splitlines() == ["2 False"] * len(FAULTY), found.stderr
+    lines = found.stderr.splitlines()
+    assert len(lines) == len(FAULTY)
+    assert all(line.startswith(f"protoclip_jax: --config={tmp_path}/") for line in lines)
+
+
+def test_home_folder_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.py").write_text(START + "config.data.train = '~/pairs.tsv'\n" + GIVE)
+    (tmp_path / "sized.py").write_text(
+        START + "def get_config(size):\n    config.data.train = size\n    return config\n"
+    )
+    assert configured("~/mine.py", [], None).data.train == f"{tmp_path}/pairs.tsv"
+    assert configured("~/sized.py:a:b", [], None).data.train == "a:b"
+    for path in PATHS:
+        config = resolve(recipe(**{path.replace(".", "__"): "~/some/where"}))
+        assert flatten(dataclasses.asdict(config))[path] == f"{tmp_path}/some/where"
+        with pytest.raises(ConfigError, match=rf"config.{path}=~nobody-here/x: there is no home"):
+            resolve(recipe(**{path.replace(".", "__"): "~nobody-here/x"}))
+    for untouched in ("gs://bucket/~/x.tsv", "a/~/b.tsv", "tfds:coco"):
+        assert resolve(recipe(data__train=untouched)).data.train == untouched
+
+
+def test_every_option_that_is_a_path_is_known():
+    """Options of a text are these, or paths: a new one has to be put in one of the two."""
+    texts = {path for path, kind, _ in option_types() if kind is str}
+    assert texts - set(PATHS) == {
+        "parity", "model.name", "model.dtype", "data.image_column", "data.caption_column",
+        "data.separator", "data.split", "data.image_feature", "data.text_feature",
+        "data.augmentation", "data.keep", "episode.seeding", "episode.empty", "evaluation.suite",
+        "checkpoint.best", "log.wandb_project",
+    }  # fmt: skip
+
+
+def test_a_tab_as_a_shell_gives_it():
+    assert resolve(recipe(data__separator="\\t")).data.separator == "\t"
+    assert resolve(recipe(data__separator=",")).data.separator == ","
+
+
+@pytest.mark.parametrize("path", [p for p, kind, _ in option_types() if kind is float])
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf", "NaN", "Infinity", "1e999"])
+def test_numbers_that_are_none_are_refused_at_once(path, text):
+    with pytest.raises(ConfigError, match=rf"config.{path}=-?(nan|inf): it must be a finite"):
+        apply_override(defaults(), path, text)
+    config = recipe()
+    section, name = path.split(".")
+    with config[section].ignore_type():
+        config[section][name] = float(text)
+    with pytest.raises(ConfigError, match=rf"config.{path}=-?(nan|inf): it must be a finite"):
+        resolve(config)
+
+
+def test_whole_number_beyond_all_floats_is_refused():
+    values = recipe().to_dict()
+    values["optimizer"]["weight_decay"] = 10**400
+    config = ml_collections.ConfigDict(values)
+    with pytest.raises(ConfigError, match="weight_decay=inf: it must be a finite"):
+        resolve(config)
+
+
+@pytest.mark.parametrize("path", REFERENCE_FLAGS)
+def test_parity_and_a_flag_against_it_are_refused(path):
+    against = {"data.keep": "jpeg"}
+    default = flatten(dataclasses.asdict(Config()))
+    changed = recipe(parity="reference")
+    apply_override(changed, path, str(default[path]))
+    assert resolve(changed).parity == "reference"
+    if path in against:
+        apply_override(changed, path, against[path])
+        with pytest.raises(ConfigError, match=f"parity=reference sets config.{path}"):
+            resolve(changed)
 
 
 def test_recipe_with_an_argument(tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -61,7 +62,8 @@ def small_config(pairs: Path, recipe=None, num_devices: int = 1, **overrides):
     settings |= {path.replace("__", "."): str(value) for path, value in overrides.items()}
     for path, text in settings.items():
         apply_override(recipe, path, text)
-    return resolve(recipe, num_devices)
+    with mock.patch.dict(presets.PRESETS, MODELS):  # the fixture is for those who build the model
+        return resolve(recipe, num_devices)
 
 
 def metrics(workdir: Path) -> list[dict]:

@@ -3,18 +3,10 @@
 import argparse
 
 from protoclip_jax.config import Config
+from protoclip_jax.data.typed_values import above_zero
 from protoclip_jax.recipe import configured
 
-
-def above_zero(text: str) -> int:
-    """A whole number above 0."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: a whole number above 0 is needed")
-    return value
+__all__ = ["above_zero", "add_recipe", "recipe"]
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:

@@ -15,6 +15,7 @@ from protoclip_jax.benchmark import arguments, machine, timing
 from protoclip_jax.benchmark.report import RULE, Report, number, say
 from protoclip_jax.benchmark.short_runs import as_clip, short
 from protoclip_jax.config import Config, check
+from protoclip_jax.data.typed_values import share
 from protoclip_jax.training.loop import Trainer
 from protoclip_jax.training.phases import phase_of
 from protoclip_jax.training.stopwatch import Stopwatch
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_recipe(parser)
     parser.add_argument(
         "--online",
-        type=float,
+        type=share,
         default=0.25,
         help="share of an episode that online assignment extracts; default: 0.25",
     )

@@ -26,6 +26,7 @@ NOT_AN_IMAGE = "not an image"
 TRUNCATED = "truncated image"
 TOO_MANY_PIXELS = "too many pixels"
 BROKEN = "broken image"
+NO_CAPTION = "no caption"  # of a pair that is used only whole
 
 # The position of a reason in this tuple is how worker processes report it.
 REASONS = (
@@ -38,9 +39,11 @@ REASONS = (
     TRUNCATED,
     TOO_MANY_PIXELS,
     BROKEN,
+    NO_CAPTION,
 )
 
 _ORIENTATION = 0x0112  # EXIF tag
+_EXIF = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")  # where it is noted
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -112,6 +115,8 @@ def plain(image: Image.Image) -> Image.Image:
     turn = _UPRIGHT.get(_orientation(image))
     if turn is not None:  # the first flip is 0
         image = image.transpose(turn)
+        # Pillow keeps the note: a second look would turn the picture again.
+        image.info = {name: value for name, value in image.info.items() if name not in _EXIF}
     if image.mode in ("F", "I") or image.mode.startswith("I;16"):
         return _deep_grey(image)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:

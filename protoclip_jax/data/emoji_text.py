@@ -15,6 +15,8 @@ from importlib import resources
 from pathlib import Path
 from typing import SupportsIndex
 
+from protoclip_jax.data.typed_values import place
+
 # Zero-shot prompts for concept names: the four frames that the captions come in.
 TEMPLATES = ("{}", "{} emoji", "a drawing of {}", "an icon showing {}")
 SPLITS = ("train", "val", "test")
@@ -125,9 +127,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m protoclip_jax.data.emoji_text", description=main.__doc__
     )
-    parser.add_argument("--pairs", required=True, help="pairs.tsv")
-    parser.add_argument("--images", required=True, help="the zip of the pictures in the list")
-    parser.add_argument("--out", required=True, help="folder to write emoji_text/1.0.0 in")
+    parser.add_argument("--pairs", type=place, required=True, help="pairs.tsv")
+    parser.add_argument(
+        "--images", type=place, required=True, help="the zip of the pictures in the list"
+    )
+    parser.add_argument(
+        "--out", type=place, required=True, help="folder to write emoji_text/1.0.0 in"
+    )
     options = parser.parse_args(arguments)
     # Not at the top: reading needs no builder class, and tfds knows a class by its module.
     from protoclip_jax.data.emoji_text_builder import EmojiTextBuilder

@@ -20,12 +20,13 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Int
 
+from protoclip_jax.data.captions import is_caption
+from protoclip_jax.data.decoding import NO_CAPTION
 from protoclip_jax.data.files import read_picture
 from protoclip_jax.storage.copies import local_copy
 from protoclip_jax.storage.paths import absolute, full_path
 
 NO_PATH = "no path"
-NO_CAPTION = "no caption"
 EMPTY_LINE = "empty line"
 NOT_UTF8 = "not UTF-8"
 TOO_MANY_COLUMNS = "more columns than the header"
@@ -110,6 +111,7 @@ class PairList:
                     entry.lines.append(lines + line + 2)
             lines += len(starts)
         self._starts = np.concatenate([np.zeros(0, np.int64), *self._starts])
+        digest.update(np.array(dropped, np.int64).tobytes())  # other rules, other rows
         # Row r is line r + i for the i dropped lines before it: those with line - i <= r.
         self._shifted = np.array(dropped, np.int64) - np.arange(len(dropped))
         self._rows = lines - len(dropped)
@@ -140,7 +142,7 @@ class PairList:
             return TOO_MANY_COLUMNS
         if len(cells) <= self._image or not cells[self._image].strip():
             return NO_PATH
-        if len(cells) <= self._caption or not cells[self._caption].strip():
+        if len(cells) <= self._caption or not is_caption(cells[self._caption]):
             return NO_CAPTION
         return None
 
@@ -287,7 +289,7 @@ def _suspects(
     """Lines that a closer look has to clear; all others are pairs for certain.
 
     Certain means: UTF-8, no more columns than the header, both cells have a visible ASCII
-    character, and (with CSV's rules) no quotes.
+    character, nothing that cleaning could take away for it, and (with CSV's rules) no quotes.
     """
     codes = np.frombuffer(chunk, np.uint8)
     separators = np.flatnonzero(codes == ord(separator))
@@ -303,6 +305,9 @@ def _suspects(
         lacks = count < column
         begin = np.minimum(begin, stop)
         suspect |= lacks | (visible[stop] == visible[begin])
+    # What a caption may be made of that is none: HTML entities, special tokens, escape codes.
+    doubtful = (codes == ord("&")) | (codes == ord("<")) | (codes == 27)
+    suspect[np.searchsorted(ends, np.flatnonzero(doubtful))] = True
     if separator != "\t":
         quotes = np.flatnonzero(codes == ord('"'))
         suspect[np.searchsorted(ends, quotes)] = True

@@ -16,7 +16,7 @@ from PIL import Image
 from protoclip_jax.data.augmentation import Augmentation, training_crop
 from protoclip_jax.data.decoding import BROKEN, REASONS, UnreadableImage, evaluation_crop, load
 from protoclip_jax.data.kept import Keep, KeptPairs, Pair, opened
-from protoclip_jax.data.sources import PairSource, where
+from protoclip_jax.data.sources import PairSource, read_pair, where
 from protoclip_jax.data.walk import PASSES, Walk
 
 # Pairs tried for one position. Where half of a source is unreadable, one position in 4 billion
@@ -172,7 +172,7 @@ class BatchReader:
         substitutes = None
         for _ in range(TRIES):
             try:
-                data, caption = reading.source.read(row)
+                data, caption = read_pair(reading.source, row)
                 return self._decoded(data, caption, row, kind, episode, position)
             except UnreadableImage as error:
                 faults.append((row, REASONS.index(error.reason)))

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from protoclip_jax.data.bert import Bert
+from protoclip_jax.storage.home import at_home
 
 
 @runtime_checkable
@@ -120,4 +121,4 @@ def open_encoder(spec: str) -> SentenceEncoder:
     }
     if kind not in kinds or not model:
         raise ValueError(f"no encoder is called {spec!r}: wanted {', '.join(FORMS)}")
-    return kinds[kind](model)
+    return kinds[kind](at_home(model))

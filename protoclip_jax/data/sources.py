@@ -5,6 +5,8 @@ from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 from protoclip_jax.data.array_records import ArrayRecordPairs, is_array_records
+from protoclip_jax.data.captions import is_caption
+from protoclip_jax.data.decoding import NO_CAPTION, UnreadableImage
 from protoclip_jax.data.pair_list import PairList
 from protoclip_jax.data.subset import Subset
 from protoclip_jax.data.tars import TarPairs, tar_paths
@@ -30,6 +32,18 @@ class PairSource(Protocol):
     def read(self, row: int) -> tuple[bytes, str]:
         """A picture's file content and its caption; `UnreadableImage` if it cannot be had."""
         ...
+
+
+def read_pair(source, row: int) -> tuple[bytes, str]:
+    """A pair of a `PairSource` for use; `UnreadableImage` also where its caption says nothing.
+
+    Lists and tars have left such captions out before; sets in which a look at every caption would
+    be a read of everything (TFDS, ArrayRecord) meet them here.
+    """
+    data, caption = source.read(row)
+    if not is_caption(caption):
+        raise UnreadableImage(NO_CAPTION)
+    return data, caption
 
 
 def where(source: PairSource, row: int) -> str:
@@ -95,6 +109,11 @@ def _found(spec: str) -> str:
     if os.path.isdir(spec) or (is_remote(spec) and objects.exists(spec)):
         return " (a folder without meta.json, dataset_info.json or .tar files)"
     return "" if os.path.exists(spec) else " (no such file or folder)"
+
+
+def needless_limit(pairs: int, limit: int | None) -> str | None:
+    """A line on a limit above the number of pairs, which takes them all; none where it acts."""
+    return f"there are only {pairs:,} pairs, and all are used" if limit and limit > pairs else None
 
 
 def open_source(

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from protoclip_jax.data.decoding import MISSING, UnreadableImage, load
-from protoclip_jax.data.sources import PairSource, where
+from protoclip_jax.data.sources import PairSource, read_pair, where
 
 
 def check_start(
@@ -43,7 +43,7 @@ def check_start(
 
 def _fault(source: PairSource, parity: bool, row: int) -> UnreadableImage | None:
     try:
-        load(source.read(row)[0], parity=parity)
+        load(read_pair(source, row)[0], parity=parity)
     except UnreadableImage as error:
         return error
     return None

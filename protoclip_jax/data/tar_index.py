@@ -19,6 +19,8 @@ import numpy as np
 from jaxtyping import Int, Shaped
 from tqdm import tqdm
 
+from protoclip_jax.data.captions import is_caption
+from protoclip_jax.data.decoding import NO_CAPTION
 from protoclip_jax.data.files import MAX_BYTES
 from protoclip_jax.data.left_out import LeftOut
 from protoclip_jax.data.tar_members import BLOCK, Read, members
@@ -28,7 +30,6 @@ from protoclip_jax.storage.paths import is_remote
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "ppm")
 NO_PICTURE = "no picture"
-NO_CAPTION = "no caption"
 NOT_UTF8 = "caption not UTF-8"
 TOO_LARGE = "file too large"
 
@@ -36,7 +37,7 @@ TOO_LARGE = "file too large"
 ENTRY = np.dtype(
     [("picture", "<u4"), ("size", "<u4"), ("caption", "<u4"), ("length", "<u4"), ("json", "?")]
 )
-_VERSION = 1
+_VERSION = 2
 _FOLDER = ".protoclip_tars"
 
 
@@ -207,7 +208,7 @@ def _entry(
             caption = caption_of(read(start, length), is_json)
         except UnicodeError:
             return NOT_UTF8, None
-        if caption.strip():
+        if is_caption(caption):
             _, picture, size = pictures[0]
             return (picture // BLOCK, size, start // BLOCK, length, is_json), caption
     return NO_CAPTION, None

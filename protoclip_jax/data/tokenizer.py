@@ -11,6 +11,10 @@ import numpy as np
 import tokenizers
 from jaxtyping import Int
 
+# Inside a caption, too, they are special tokens.
+START = "<start_of_text>"
+END = "<end_of_text>"
+
 
 def clean(text: str) -> str:
     """Caption as the vocabulary expects it: mended, unescaped, single spaces, lower case.
@@ -56,12 +60,12 @@ class Tokenizer:
     @property
     def sot(self) -> int:
         """Id of the start token."""
-        return _vocabulary().token_to_id("<start_of_text>")
+        return _vocabulary().token_to_id(START)
 
     @property
     def eot(self) -> int:
         """Id of the end token."""
-        return _vocabulary().token_to_id("<end_of_text>")
+        return _vocabulary().token_to_id(END)
 
     @property
     def vocab_size(self) -> int:

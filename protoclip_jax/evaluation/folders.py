@@ -1,15 +1,16 @@
 """Data sets on disk with one folder a class: `root/class/picture`."""
 
-import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Int
 
+from protoclip_jax.data.left_out import LeftOut
 from protoclip_jax.evaluation import linear_probe, zero_shot
+from protoclip_jax.evaluation.classes import Names, in_order, match, read_names
 from protoclip_jax.evaluation.features import Encoder, extract_readable, some
 from protoclip_jax.evaluation.sgd_probe import sgd_probe
 
@@ -21,8 +22,6 @@ EXTENSIONS = (
 # matter of seconds a hundred million.
 EXACT_PROBE = 1e9
 
-Names = Mapping[str, str] | Sequence[str] | str | Path
-
 logger = logging.getLogger(__name__)
 
 
@@ -32,7 +31,8 @@ class ImageFolder:
 
     Attributes:
         classes: folder names; a picture's label is a position in this list. A class keeps its
-            position when it has no picture here.
+            position when it has no picture here. A name that a list holds twice stands twice;
+            the pictures are those of the first.
         names: how each class reads in a prompt, in the same order.
         paths: the pictures, by class and then by path.
         labels: the class of each picture.
@@ -59,34 +59,34 @@ def open_folder(
 ) -> ImageFolder:
     """Lists the pictures of a folder with one sub-folder a class.
 
-    Classes are numbered over the sub-folders of `root` *and* of the folders in `also`, sorted, so
-    that splits number alike when one of them lacks a class. Sub-folders are searched to any depth.
+    Classes are numbered over the sub-folders of `root` *and* of the folders in `also`, so that
+    splits number alike when one of them lacks a class: folders named by numbers by value (2 before
+    10), then the others as text. Sub-folders are searched to any depth; what is hidden is not
+    looked at, and what is no picture by its ending, or lies beside the folders, is told.
 
     Class names are matched with folders **by name**; capitals, `_`, `-` and spaces do not matter:
     - none: the folder's name, with spaces for `_`, is the class name;
     - a mapping (or a `.json` object): folder to class name;
     - a list (or a `.json` list, or a text file with one name a line): every folder must be in
       it, and the list gives the numbers.
-    A named class without a folder stays in the classifier and is reported as empty.
+    A named class without a folder stays in the classifier and is reported as empty. Classes with
+    equal names stay, too, and are told.
 
     Args:
         root: the folder.
         names: class names.
         also: other splits of the same data, for the numbering only.
-        by_position: the i-th name of a list belongs to the i-th folder, sorted. For lists such as
-            ImageNet's whose folders have codes for names; there must be as many names as folders.
+        by_position: the i-th name of a list belongs to the i-th folder. For lists such as
+            ImageNet's whose folders have codes for names; there must be as many names as folders,
+            and the folders' order must be the same whoever sorts them.
 
     Raises:
         ValueError: without pictures, or when names and folders do not fit.
     """
     root = Path(root)
-    folders = sorted({name for place in (root, *map(Path, also)) for name in _subfolders(place)})
-    classes, class_names = _match(folders, read_names(names), by_position)
-    paths, labels = [], []
-    for label, name in enumerate(classes):
-        found = sorted(path for path in (root / name).rglob("*") if _is_picture(path))
-        paths += found
-        labels += [label] * len(found)
+    folders = in_order(name for place in (root, *map(Path, also)) for name in _subfolders(place))
+    classes, class_names = match(folders, read_names(names), by_position)
+    paths, labels = _listed(root, classes)
     if not paths:
         raise ValueError(f"{root} holds no pictures: wanted {root}/<class>/<picture>")
     folder = ImageFolder(
@@ -98,22 +98,6 @@ def open_folder(
             root, len(folder.empty), len(classes), some(folder.empty),
         )  # fmt: skip
     return folder
-
-
-def read_names(names: Names | None) -> Mapping[str, str] | list[str] | None:
-    """Class names from a `.json` object or list, or from a text file with one name a line."""
-    if names is None or not isinstance(names, (str, Path)):
-        return names if names is None or isinstance(names, Mapping) else list(names)
-    text = Path(names).read_text("utf-8-sig")
-    if Path(names).suffix.lower() != ".json":
-        return [line.strip() for line in text.splitlines() if line.strip()]
-    content = json.loads(text)
-    values = content.values() if isinstance(content, dict) else content
-    if not isinstance(content, (dict, list)) or not all(isinstance(v, str) for v in values):
-        raise ValueError(
-            f"{names}: wanted an object {{folder: class name}} or a list of class names"
-        )
-    return content
 
 
 def evaluate_folder(
@@ -190,40 +174,35 @@ def _subfolders(root: Path) -> list[str]:
     return [path.name for path in root.iterdir() if path.is_dir() and path.name[0] != "."]
 
 
-def _is_picture(path: Path) -> bool:
-    return path.suffix.lower() in EXTENSIONS and path.name[0] != "." and path.is_file()
-
-
-def _match(folders: list[str], names, by_position: bool) -> tuple[list[str], list[str]]:
-    """Folders by class number, and each one's class name."""
-    if names is None:
-        return folders, [folder.replace("_", " ") for folder in folders]
-    if by_position:
-        if isinstance(names, Mapping) or len(names) != len(folders):
-            raise ValueError(
-                f"found {len(folders)} folders and {len(names)} names: by position wants a list "
-                "with one name a folder"
-            )
-        return folders, list(names)
-    # Exact names where they all fit: two folders may differ in capitals only.
-    key = str if set(folders) <= set(names) else _key
-    table = {key(name): name for name in names}
-    if len(table) < len(names):
-        raise ValueError(f"{len(names) - len(table)} of {len(names)} names occur more than once")
-    unnamed = [folder for folder in folders if key(folder) not in table]
-    if unnamed:
-        raise ValueError(
-            f"found {len(folders)} folders and {len(names)} names; names are matched by name, and "
-            f"{len(unnamed)} folders have none: {some(unnamed)}. Name every folder, or map each "
-            "to its class name in a JSON object, or ask for names by position"
+def _listed(root: Path, classes: Sequence[str]) -> tuple[list[Path], list[int]]:
+    """The pictures below a root and their labels; tells of the files that are none."""
+    here, passed_over = set(_subfolders(root)), LeftOut()
+    for path in sorted(root.iterdir()):
+        if path.is_file() and path.suffix.lower() in EXTENSIONS and path.name[0] != ".":
+            passed_over.add(path.name)
+    paths, labels = [], []
+    for label, name in enumerate(classes):
+        if name in here:  # a name may be that of no folder, or stand twice
+            here.remove(name)
+            found = _pictures(root / name, passed_over)
+            paths += found
+            labels += [label] * len(found)
+    if passed_over.count:
+        logger.warning(
+            "%s: files that are in no class, or no pictures by their ending: %s", root, passed_over
         )
-    on_disk = {key(folder): folder for folder in folders}
-    classes = [on_disk.get(key(name), name) for name in names]
-    if isinstance(names, Mapping):
-        classes.sort()
-        return classes, [names[table[key(name)]] for name in classes]
-    return classes, list(names)
+    return paths, labels
 
 
-def _key(name: str) -> str:
-    return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
+def _pictures(folder: Path, passed_over: LeftOut) -> list[Path]:
+    """The pictures below a class folder, by path; hidden files and folders hold none."""
+    found = []
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part[0] == "." for part in path.relative_to(folder).parts)
+        if hidden or not path.is_file():
+            continue
+        if path.suffix.lower() in EXTENSIONS:
+            found.append(path)
+        else:
+            passed_over.add(f"{folder.name}/{path.relative_to(folder)}")
+    return found

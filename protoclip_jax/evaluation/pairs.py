@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Int
 
 from protoclip_jax.data.decoding import UnreadableImage
+from protoclip_jax.data.sources import read_pair
 from protoclip_jax.evaluation import geometry, retrieval
 from protoclip_jax.evaluation.features import Encoder, extract_readable, extract_texts
 
@@ -40,7 +41,7 @@ def evaluate_pairs(
     first_row, picture_of_row, captions = _group(source)
     images, readable = extract_readable(
         encoder,
-        lambda number: source.read(int(first_row[number]))[0],
+        lambda number: read_pair(source, int(first_row[number]))[0],
         len(first_row),
         name=lambda number: f"row {first_row[number]}",
         batch=batch,
@@ -71,7 +72,7 @@ def _group(
     first_row, picture_of_row, captions, known = [], [], [], {}
     for row in range(len(source)):
         try:
-            data, caption = source.read(row)
+            data, caption = read_pair(source, row)
         except UnreadableImage:
             # Stands for itself; it is met again, and left out, when pictures are encoded.
             data, caption = f"row {row}".encode(), ""

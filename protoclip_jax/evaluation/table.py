@@ -19,6 +19,17 @@ ROWS = {
     "clustering/ari": ("adjusted Rand index", ""),
     "clustering/ami": ("adjusted mutual information", ""),
 }
+# All that the suite measures: what the best checkpoint can be chosen by.
+SUITE_METRICS = (
+    *ROWS,
+    "geometry/modality_gap",
+    "geometry/alignment",
+    *(
+        f"geometry/{kind}_{name}"
+        for kind in ("image", "text")
+        for name in ("std", "self_similarity", "self_similarity_positive")
+    ),
+)
 TITLES = {
     "zero_shot": "Zero-shot classification",
     "linear_probe": "Linear probe",

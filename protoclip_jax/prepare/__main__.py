@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+from protoclip_jax.data import typed_values
 from protoclip_jax.data.source_options import WHAT, add_source_options, chosen_source
 
 # The rest is imported late: --help and a wrong option answer at once.
@@ -55,30 +56,51 @@ def _add_download(commands) -> None:
         "Conceptual Captions (caption, URL), CC12M (URL, caption), lists with a header, and the\n"
         "YFCC100M table are recognised. The result is a source: give its folder to `convert`.",
     )
-    command.add_argument("list", help="the list: .tsv, .csv or .txt, also .gz or .bz2")
-    command.add_argument("--out", required=True, help="folder for the shards")
+    command.add_argument(
+        "list", type=typed_values.place, help="the list: .tsv, .csv or .txt, also .gz or .bz2"
+    )
+    command.add_argument(
+        "--out", type=typed_values.place, required=True, help="folder for the shards"
+    )
     command.add_argument("--url-column", help="name, or number from 0; default: found out")
     command.add_argument("--caption-column", help="name, or number from 0; default: found out")
-    command.add_argument("--separator", help="one character; default: found out")
+    command.add_argument(
+        "--separator", type=typed_values.separator, help="one character; default: found out"
+    )
     command.add_argument(
         "--photo-ids",
+        type=typed_values.place,
         metavar="FILE",
         help="YFCC100M: only these photos, as in OpenAI's yfcc100m_subset_data.tsv (line, id, ...)",
     )
     command.add_argument(
         "--side",
-        type=int,
+        type=typed_values.not_negative,
         default=0,
         help="let img2dataset shrink to this shorter side; default: 0, keep JPEG files as they are",
     )
-    command.add_argument("--processes", type=int, default=os.cpu_count(), help="default: all cores")
-    command.add_argument("--threads", type=int, default=64, help="of each process; default: 64")
-    command.add_argument("--timeout", type=int, default=10, help="seconds a link; default: 10")
-    command.add_argument("--retries", type=int, default=1, help="of a failed link; default: 1")
-    command.add_argument("--shard-rows", type=int, default=10_000, help="default: 10000")
+    command.add_argument(
+        "--processes",
+        type=typed_values.above_zero,
+        default=os.cpu_count(),
+        help="default: all cores",
+    )
+    command.add_argument(
+        "--threads", type=typed_values.above_zero, default=64, help="of each process; default: 64"
+    )
+    command.add_argument(
+        "--timeout", type=typed_values.above_zero, default=10, help="seconds a link; default: 10"
+    )
+    command.add_argument(
+        "--retries", type=typed_values.not_negative, default=1, help="of a failed link; default: 1"
+    )
+    command.add_argument(
+        "--shard-rows", type=typed_values.above_zero, default=10_000, help="default: 10000"
+    )
     command.add_argument(
         "--img2dataset-python",
         "--img2dataset_python",
+        type=typed_values.place,
         metavar="PYTHON",
         help="an interpreter that has img2dataset; default: this one, or `img2dataset` on the PATH",
     )
@@ -92,17 +114,23 @@ def _add_convert(commands) -> None:
         "Writes any source as ArrayRecord shards, and checks every picture once.\n\n"
         "Killed and started again, it keeps finished shards and loses or repeats no row.",
     )
-    command.add_argument("source", help=WHAT)
-    command.add_argument("--out", required=True, help="folder for the shards")
+    command.add_argument("source", type=typed_values.place, help=WHAT)
+    command.add_argument(
+        "--out", type=typed_values.place, required=True, help="folder for the shards"
+    )
     command.add_argument(
         "--side",
-        type=int,
+        type=typed_values.not_negative,
         default=256,
         help="shorter side of larger pictures; 0 = as they are; default: 256",
     )
     command.add_argument("--encoding", choices=("jpeg", "webp"), default="jpeg")
-    command.add_argument("--quality", type=int, default=95, help="of the encoding; default: 95")
-    command.add_argument("--shard-rows", type=int, default=20_000, help="rows a shard; 20000")
+    command.add_argument(
+        "--quality", type=typed_values.above_zero, default=95, help="of the encoding; default: 95"
+    )
+    command.add_argument(
+        "--shard-rows", type=typed_values.above_zero, default=20_000, help="rows a shard; 20000"
+    )
     _add_workers(command)
     add_source_options(command)
 
@@ -114,15 +142,20 @@ def _add_stats(commands) -> None:
         _stats,
         "Reads a whole source and describes it: unreadable and repeated pairs, captions, sizes.",
     )
-    command.add_argument("source", help=WHAT)
-    command.add_argument("--json", metavar="FILE", help="write the numbers there too")
+    command.add_argument("source", type=typed_values.place, help=WHAT)
+    command.add_argument(
+        "--json", type=typed_values.place, metavar="FILE", help="write the numbers there too"
+    )
     _add_workers(command)
     add_source_options(command)
 
 
 def _add_workers(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--workers", type=int, default=os.cpu_count(), help="processes; default: all cores"
+        "--workers",
+        type=typed_values.above_zero,
+        default=os.cpu_count(),
+        help="processes; default: all cores",
     )
 
 

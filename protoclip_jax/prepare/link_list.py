@@ -22,8 +22,10 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
+from protoclip_jax.data.captions import is_caption
+from protoclip_jax.data.decoding import NO_CAPTION
+
 NO_URL = "no URL"
-NO_CAPTION = "no caption"
 NOT_UTF8 = "not UTF-8"
 EMPTY_LINE = "empty line"
 COLUMNS = "too few columns"
@@ -234,7 +236,7 @@ def _link(
     if not _is_url(url):
         return NO_URL
     caption = _caption([cells[column] for column in layout.captions], layout.encoded)
-    return Link(number, url, caption) if caption.strip() else NO_CAPTION
+    return Link(number, url, caption) if is_caption(caption) else NO_CAPTION
 
 
 def _among(photo: str, chosen: Int[np.ndarray, " n"]) -> bool:

@@ -9,7 +9,7 @@ from array_record.python import array_record_module
 
 from protoclip_jax.data.array_records import WRITER_OPTIONS, pack, shard_name
 from protoclip_jax.data.decoding import UnreadableImage
-from protoclip_jax.data.sources import PairSource, origin, where
+from protoclip_jax.data.sources import PairSource, origin, read_pair, where
 from protoclip_jax.prepare.picture import stored
 from protoclip_jax.storage.atomic import part_of, settle, write_json
 
@@ -99,7 +99,7 @@ class ShardWriter:
         try:
             for row in rows:
                 try:
-                    data, caption = source.read(row)
+                    data, caption = read_pair(source, row)
                     picture = stored(data, settings.side, settings.encoding, settings.quality)
                 except UnreadableImage as error:
                     unreadable.append([origin(source, row), error.reason, where(source, row)])

@@ -11,7 +11,7 @@ from jaxtyping import Shaped, UInt64
 from tqdm import tqdm
 
 from protoclip_jax.data.decoding import UnreadableImage, load
-from protoclip_jax.data.sources import PairSource
+from protoclip_jax.data.sources import PairSource, read_pair
 from protoclip_jax.data.tokenizer import Tokenizer
 from protoclip_jax.prepare import pool
 from protoclip_jax.prepare.scripts import scripts_of
@@ -63,7 +63,7 @@ class _Reader:
         part, captions, pictures = Part(), [], []
         for row in rows:
             try:
-                data, caption = self.source.read(row)
+                data, caption = read_pair(self.source, row)
                 image = load(data)
             except UnreadableImage as error:
                 part.unreadable[error.reason] += 1

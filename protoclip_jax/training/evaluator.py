@@ -38,8 +38,9 @@ class Evaluator:
         if self._sources is None:
             return {}
         if self._encoder is None:
+            # One size: all that is measured takes few calls, and no second program.
             self._encoder = Encoder(
-                self._model, self._graphdef, params, batch_stats, rows=self._rows
+                self._model, self._graphdef, params, batch_stats, sizes=(256,), rows=self._rows
             )
         self._encoder.params, self._encoder.batch_stats = params, batch_stats
         settings = suite.SuiteSettings()

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from protoclip_jax.config import Config
-from protoclip_jax.data.sources import PairSource
+from protoclip_jax.data.sources import PairSource, needless_limit
 from protoclip_jax.episodes.kmeans import Clusters
 from protoclip_jax.storage.paths import AnyPath
 from protoclip_jax.training.compiled import peak_flops
@@ -136,6 +136,9 @@ class Reporter:
         self._progress.say(f"{len(source):,} pairs of {source.name}.")
         for reason, dropped in getattr(source, "report", {}).items():
             self._progress.say(f"  left out, {reason}: {dropped}")
+        limit = self._config.data.limit
+        if line := needless_limit(len(source), limit):
+            self._progress.say(f"  data.limit={limit:,}: {line}")
         points = self._config.extracted / self._config.episode.prototypes
         if len(self._config.prototype_episodes) and points < FEW_POINTS:
             self._progress.say(

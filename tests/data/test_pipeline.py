@@ -9,11 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pair_files import Unlooked
 from PIL import Image
 
 from protoclip_jax.data.augmentation import AUGMENTATIONS, augmentation_named, training_crop
 from protoclip_jax.data.decoding import (
     MISSING,
+    NO_CAPTION,
     NOT_A_FILE,
     NOT_AN_IMAGE,
     TOO_MANY_PIXELS,
@@ -594,3 +596,15 @@ def test_jpeg_keeps_grey_and_cmyk():
     kept = KeptPairs(Keep("jpeg", 8, 2000))
     for mode in ("L", "CMYK", "RGB"):
         assert opened(kept.form(Image.new(mode, (20, 30)))).mode == mode
+
+
+def test_pairs_without_a_caption_are_replaced_and_counted():
+    captions = [f"number {row}" for row in range(16)]
+    captions[3], captions[7] = "&nbsp;", "\u200b"
+    with open_batches(Unlooked(captions), episodes=[0]) as iterator:
+        batches = list(iterator)
+    assert iterator.unreadable.counts == {NO_CAPTION: 2}
+    used = np.concatenate([batch["row"] for batch in batches])
+    assert set(used) == set(range(16)) - {3, 7}
+    tokens = np.concatenate([batch["tokens"] for batch in batches])
+    np.testing.assert_array_equal(tokens, Tokenizer(16)([captions[row] for row in used]))

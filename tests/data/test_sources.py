@@ -1,12 +1,14 @@
 """Sources by name, and random subsets of them."""
 
+import argparse
 import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from protoclip_jax.data.sources import KINDS, open_source, where
+from protoclip_jax.data.source_options import add_source_options, chosen_source
+from protoclip_jax.data.sources import KINDS, needless_limit, open_source, where
 
 CASES = Path(__file__).parents[1] / "cases"
 LIST = str(CASES / "DIST-01" / "pairs.tsv")
@@ -68,6 +70,20 @@ def test_limit_draws_a_seeded_subset():
 def test_a_limit_above_the_length_takes_all():
     assert len(open_source(LIST, limit=14)) == 13
     assert open_source(LIST, limit=13).fingerprint == open_source(LIST).fingerprint
+    assert needless_limit(13, 14) == "there are only 13 pairs, and all are used"
+    assert needless_limit(13, 13) is needless_limit(13, None) is None
+
+
+def test_a_limit_above_the_length_is_told_by_commands(capsys):
+    parser = argparse.ArgumentParser()
+    add_source_options(parser)
+    for limit in (12, 13, 14):
+        options = parser.parse_args([f"--limit={limit}"])
+        options.source = LIST
+        assert len(chosen_source(options)) == min(limit, 13)
+        told = capsys.readouterr().err
+        assert told == ("protoclip_jax: --limit=14: there are only 13 pairs, and all are used\n"
+                        if limit == 14 else "")  # fmt: skip
 
 
 def test_a_subset_of_a_list_keeps_its_report():

@@ -130,8 +130,6 @@ def test_user_errors_say_what_was_found(tmp_path):
     (tmp_path / "red").mkdir()
     with pytest.raises(ValueError, match="holds no pictures"):
         open_folder(tmp_path)
-    with pytest.raises(ValueError, match="1 of 3 names occur more than once"):
-        open_folder(tmp_path, ["red", "blue", "red"])
     with pytest.raises(ValueError, match="unknown prompt set 'cifar': wanted one of birdsnap"):
         prompt_set("cifar")
 
@@ -147,3 +145,146 @@ def test_published_prompts_are_complete():
 
 def test_labels_are_int64_for_indexing(root):
     assert open_folder(root).labels.dtype == np.int64
+
+
+@pytest.mark.parametrize(
+    ("names", "order"),
+    [
+        (["0", "1", "10", "2", "9"], ["0", "1", "2", "9", "10"]),
+        (["007", "1", "010", "2"], ["1", "2", "007", "010"]),
+        (["-1", "-10", "0", "3"], ["-10", "-1", "0", "3"]),
+        (["0.5", "10.0", "2.25", "-0.5"], ["-0.5", "0.5", "2.25", "10.0"]),
+        (["10", "9", "other", "__MACOSX"], ["9", "10", "__MACOSX", "other"]),
+        (["class_10", "class_2"], ["class_10", "class_2"]),
+        (["1", "01"], ["01", "1"]),
+        ([str(10**30), "9"], ["9", str(10**30)]),
+        (["\u0661", "2", "x"], ["2", "x", "\u0661"]),  # another script's digits are text
+    ],
+)
+def test_folders_named_by_numbers_are_in_number_order(tmp_path, names, order):
+    root = write(tmp_path, {f"{name}/a.png": "red" for name in names} | {".9/a.png": "red"})
+    found = open_folder(root)
+    assert list(found.classes) == order
+    assert [path.parent.name for path in found.paths] == order
+    assert found.labels.tolist() == list(range(len(order)))
+
+
+def test_names_of_numbered_folders_by_position(tmp_path):
+    root = write(tmp_path, {f"{number}/a.png": "red" for number in range(12)})
+    digits = [f"called {number}" for number in range(12)]
+    found = open_folder(root, digits, by_position=True)
+    assert dict(zip(found.classes, found.names, strict=True))["10"] == "called 10"
+    # The mapping's own order does not matter either.
+    mapping = {str(number): digits[number] for number in reversed(range(12))}
+    assert open_folder(root, mapping).names == found.names == tuple(digits)
+
+
+@pytest.mark.parametrize(
+    ("folders", "certain"),
+    [
+        (["n01440764", "n01443537", "n02000000"], True),
+        (["0", "1", "2", "10"], True),
+        (["001.Albatross", "002.Finch", "010.Wren"], True),
+        (["-1", "0", "1"], True),
+        (["class_1", "class_2", "class_10"], False),
+        (["1", "2", "10", "other"], False),
+        (["1", "01"], False),
+        (["Zebra", "ant"], False),
+        (["sea_lion", "seal"], False),
+        (["zebra", "élan"], False),
+        (["a-b", "a_b"], False),
+        (["Ant", "ant"], False),
+    ],
+)
+def test_names_by_position_need_one_certain_order(tmp_path, folders, certain):
+    root = write(tmp_path, {f"{name}/a.png": "red" for name in folders})
+    names = [f"name {number}" for number in range(len(folders))]
+    if certain:
+        assert list(open_folder(root, names, by_position=True).classes) == folders
+    else:
+        with pytest.raises(ValueError, match=r"which folder comes first.*JSON object"):
+            open_folder(root, names, by_position=True)
+
+
+def test_equal_class_names_stay_and_are_told(tmp_path, caplog):
+    root = write(tmp_path, {"n01/a.png": "red", "n02/a.png": "blue", "n03/a.png": "green"})
+    names = ["crane", "kite", "crane"]
+    mapping = dict(zip(("n01", "n02", "n03"), names, strict=True))
+    for given, how in ((names, {"by_position": True}), (mapping, {})):
+        caplog.clear()
+        found = open_folder(root, given, **how)
+        assert found.classes == ("n01", "n02", "n03")
+        assert found.names == tuple(names)
+        assert found.labels.tolist() == [0, 1, 2]
+        assert "no prompt can tell apart: 'crane' (classes 0, 2)" in caplog.text
+    caplog.clear()
+    spelt = write(tmp_path / "spelt", {"sea_lion/a.png": "red", "sea lion/a.png": "blue"})
+    found = open_folder(spelt)
+    assert found.classes == ("sea lion", "sea_lion")
+    assert found.names == ("sea lion", "sea lion")
+    assert "'sea lion' (classes 0, 1)" in caplog.text
+
+
+def test_a_name_twice_in_a_list_keeps_its_number(tmp_path, caplog):
+    root = write(tmp_path, {"red/a.png": "red", "blue/a.png": "blue"})
+    found = open_folder(root, ["red", "green", "red", "blue"])
+    assert found.names == ("red", "green", "red", "blue")
+    assert found.labels.tolist() == [0, 3]
+    assert [path.parent.name for path in found.paths] == ["red", "blue"]
+    assert found.empty == ("green", "red")
+    assert "'red' (classes 0, 2)" in caplog.text
+
+
+def test_no_folder_is_lost_among_like_names(tmp_path):
+    root = write(tmp_path / "two", {"sea_lion/a.png": "red", "sea-lion/b.png": "blue"})
+    for names in (["sea lion"], {"Sea Lion": "an animal"}):
+        with pytest.raises(ValueError, match=r"the name '[Ss]ea [Ll]ion' fits several folders"):
+            open_folder(root, names)
+    one = write(tmp_path / "one", {"sea-lion/a.png": "red"})
+    with pytest.raises(ValueError, match="'sea-lion' fits several names: sea lion, Sea Lion"):
+        open_folder(one, ["sea lion", "Sea Lion"])
+    # An exact name goes first.
+    assert open_folder(root, ["sea lion", "sea_lion"]).classes == ("sea-lion", "sea_lion")
+
+
+def test_names_that_say_nothing_are_refused(tmp_path):
+    root = write(tmp_path, {"a/a.png": "red", "b/a.png": "blue"})
+    with pytest.raises(ValueError, match="1 classes have a name without anything in it: b"):
+        open_folder(root, {"a": "ant", "b": "&nbsp;"})
+
+
+def test_faults_in_a_file_of_names_name_the_file(tmp_path, root):
+    for name, content, message in (
+        ("n.json", b'{"red": "a", "red": "b"}', "n.json: red stand in it more than once"),
+        ("cut.json", b'{"red": ', "cut.json: "),
+        ("deep.json", b"[" * 100_000, "deep.json: "),
+        ("latin.txt", "caf\xe9".encode("latin-1"), "latin.txt: "),
+    ):
+        path = tmp_path / name
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            open_folder(root, path)
+
+
+def test_a_name_never_leads_out_of_the_root(tmp_path):
+    write(tmp_path / "out", {"a.png": "red"})
+    root = write(tmp_path / "root", {"red/a.png": "red"})
+    found = open_folder(root, ["red", "../out", str(tmp_path / "out")])
+    assert [path.parent.name for path in found.paths] == ["red"]
+
+
+def test_what_is_passed_over_is_told(tmp_path, caplog):
+    root = write(
+        tmp_path,
+        {
+            "red/a.png": "red",
+            "red/.thumbnails/a.png": "red",
+            "red/deep/.a.png": "red",
+            "red/scan.jfif": b"",
+            "beside.png": "red",
+            "readme.txt": b"",
+        },
+    )
+    found = open_folder(root)
+    assert [path.name for path in found.paths] == ["a.png"]
+    assert "or no pictures by their ending: 2 (beside.png, red/scan.jfif)" in caplog.text

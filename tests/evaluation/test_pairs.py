@@ -57,6 +57,14 @@ def test_unreadable_pictures_leave_with_their_captions():
     assert {**found, "data/unreadable": 0.0} == pytest.approx(plain)
 
 
+def test_pairs_without_a_caption_are_left_out():
+    rows = [(3, "&nbsp;"), *ROWS[:3], (2, "\u200b"), *ROWS[3:]]
+    plain, _ = evaluate_pairs(FakeEncoder(), SeveralCaptions(ROWS))
+    found, _ = evaluate_pairs(FakeEncoder(), SeveralCaptions(rows))
+    assert found["data/unreadable"] == 2
+    assert {**found, "data/unreadable": 0.0} == pytest.approx(plain)
+
+
 def test_a_collapsed_model_gets_chance():
     metrics, chance = evaluate_pairs(ConstantEncoder(), SeveralCaptions(ROWS))
     for name, level in chance.items():

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from pair_files import caption, picture, write_list, write_shards
+from pair_files import Unlooked, caption, picture, write_list, write_shards
 from PIL import Image
 
 import protoclip_jax.storage.atomic as atomic
@@ -47,6 +47,12 @@ def assert_all_rows(folder: Path, count: int, faults: dict[int, str]) -> None:
     for row, fault in faults.items():
         assert unreadable[row] == names.get(fault, "not an image")
     assert not list(folder.rglob("*.part"))
+
+
+def test_pairs_without_a_caption_are_listed(tmp_path):
+    source = Unlooked([caption(0), "&nbsp;", caption(2)])
+    convert(source, tmp_path, ConvertSettings(), progress=False)
+    assert rows_of(tmp_path) == ([0, 2], {1: "no caption"})
 
 
 def test_every_row_is_written_or_listed(tmp_path, capsys):

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from pair_files import picture, spoiled, write_shards
+from pair_files import Unlooked, picture, spoiled, write_shards
 
 from protoclip_jax.data.sources import open_source
 from protoclip_jax.data.tokenizer import Tokenizer
@@ -42,6 +42,11 @@ def path(tmp_path_factory) -> str:
     lines = ["filepath\ttitle", *("\t".join(row) for row in rows)]
     (folder / "pairs.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return str(folder / "pairs.tsv")
+
+
+def test_pairs_without_a_caption_are_counted():
+    numbers = measure(Unlooked(["a dog", "&nbsp;", "\u200b"]), progress=False)
+    assert (numbers["readable"], numbers["unreadable"]) == (1, {"no caption": 2})
 
 
 def test_every_number(path):

@@ -120,7 +120,7 @@ def test_encoder_spreads_its_batch():
         graphdef, start = state.create(config, mesh)
         rows = NamedSharding(mesh, PartitionSpec(state.BATCH_AXES))
         encoder = Encoder(
-            model, graphdef, start["params"], start["batch_stats"], batch=12, rows=rows
+            model, graphdef, start["params"], start["batch_stats"], sizes=(3, 12), rows=rows
         )
         assert all(encoder.supplies(number) for number in range(19))
         found.append((encoder.encode_image(images), encoder.encode_text(texts)))

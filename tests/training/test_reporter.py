@@ -1,16 +1,19 @@
 """What a stranger reads in the log when something is wrong."""
 
 import math
+from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
 from tiny_run import small_config
 
+from protoclip_jax.data.sources import open_source
 from protoclip_jax.training.logging import Meter, MetricLog
 from protoclip_jax.training.phases import phase_of
 from protoclip_jax.training.progress import Progress
 from protoclip_jax.training.reporter import STUCK_STEPS, Reporter
 
+CASES = Path(__file__).parents[1] / "cases"
 GOOD = {
     "loss/total": 1.0,
     "loss/clip": 1.0,
@@ -112,3 +115,13 @@ def test_speed_and_memory_are_logged(told):
     assert values["speed/teraflops_per_device"] > 0
     assert 0.01 < values["memory/host_gb"] < 1000
     assert "pairs/s/device" in told.shown
+
+
+def test_a_limit_above_the_length_is_told(told):
+    source = open_source(str(CASES / "DIST-01" / "pairs.tsv"), limit=14)
+    for limit, expected in ((14, 1), (13, 0)):
+        told.lines.clear()
+        config = small_config("pairs.tsv", data__limit=limit)
+        Reporter(config, 100, told, told).source(source)
+        lines = [line for line in told.lines if "data.limit" in line]
+        assert lines == ["  data.limit=14: there are only 13 pairs, and all are used"][:expected]
