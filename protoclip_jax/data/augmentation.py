@@ -198,10 +198,12 @@ def _turn_hue(image: Float[Array, "h w 3"], turn: Float[Array, ""]) -> Float[Arr
     high, low = image.max(-1), image.min(-1)
     spread = high - low
     safe = jnp.where(spread == 0, 1, spread)
+    # Channels are compared with each other, never with `high`: a compiler may compute them twice,
+    # and where it rounds the two otherwise, equality would find no channel to be the largest.
     sixth = jnp.where(
-        high == red,
+        (red >= green) & (red >= blue),
         (green - blue) / safe,
-        jnp.where(high == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
+        jnp.where(green >= blue, 2 + (blue - red) / safe, 4 + (red - green) / safe),
     )
     sixth = sixth + 6 * turn
     # Each channel falls from `high` by `spread` as its own distance on the circle grows.

@@ -245,6 +245,29 @@ def test_colours_are_the_same_on_eight_devices():
     assert spread.sharding.is_equivalent_to(by_row, 4)
 
 
+def test_hue_does_not_hang_on_how_a_compiler_rounds():
+    """Compiled as a step with parts of a batch, which computes a channel and the largest of them
+    in two places; without optimisation those round otherwise."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    parts = NamedSharding(mesh, PartitionSpec(None, "data"))
+    images = np.random.default_rng(0).integers(0, 255, (16, 32, 32, 3), np.uint8)
+    positions = np.arange(16, dtype=np.int32)
+
+    def apply(images, positions):
+        return colour(unit(images), sample_keys(7, 0, 0, positions), LIGHT)
+
+    def by_parts(images, positions):
+        cut = [x.reshape(2, 8, *x.shape[1:]) for x in (images, positions)]
+        cut = jax.lax.with_sharding_constraint(cut, parts)
+        return jax.lax.map(lambda part: apply(*part), cut).reshape(images.shape)
+
+    by_row = NamedSharding(mesh, PartitionSpec("data"))
+    spread = jax.device_put((images, positions), by_row)
+    lowered = jax.jit(by_parts).lower(*spread)
+    plain = lowered.compile(compiler_options={"xla_backend_optimization_level": 0})
+    np.testing.assert_allclose(plain(*spread), jax.jit(apply)(images, positions), atol=1e-5)
+
+
 def test_unit_scales_bytes_only():
     images = np.array([[[[0, 51, 255]]]], np.uint8)
     np.testing.assert_allclose(unit(images)[0, 0, 0], [0, 0.2, 1], atol=1e-7)
