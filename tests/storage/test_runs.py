@@ -185,8 +185,8 @@ def test_run_in_a_bucket_killed_in_a_save_and_stopped_equals_a_local_one(
 
 
 def test_two_processes_share_a_workdir_in_a_bucket(bucket, environment, data, tmp_path):
-    """Tars, which each reads its half of; stopped in the middle of an episode."""
-    settings = {"episode.count": "2", "episode.warmup": "2", "episode.locked": "0"}
+    """Tars, of which each reads its half; one of them is asked to leave."""
+    settings = {"episode.count": "3", "episode.warmup": "3", "episode.locked": "0"}
     settings |= {"objective.external": "0"}
     folder, one, two = bucket.put(data), tmp_path / "one", tmp_path / "two"
     alone = Run(one, str(one / "run"), str(data / "tars"), "none", dict(os.environ), settings)
@@ -207,13 +207,13 @@ def test_two_processes_share_a_workdir_in_a_bucket(bucket, environment, data, tm
             for index in range(2)
         ]
         assert run.finish(*started) == [code] * 2, run.told()[-3000:]
-    assert "Going on after step" in run.told()
+    assert "Going on after step 6 of 9" in run.told()
     hashes = [(two / f"hashes-{index}.txt").read_text() for index in range(2)]
     assert hashes[0] == hashes[1]
     ours, theirs = (np.load(out / "state.npz") for out in (two, one))
     for name in theirs.files:
         np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-3, atol=1e-5, err_msg=name)
     copy = fetched(bucket, tmp_path / "fetched")
-    assert_same_lines(one / "run", copy, 6, rel=1e-3)
+    assert_same_lines(one / "run", copy, 9, rel=1e-3)
     listed = [(copy / name).exists() for name in ("unreadable.tsv", "unreadable.1.tsv")]
     assert any(listed)
