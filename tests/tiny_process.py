@@ -7,8 +7,7 @@ and centroids they come from to OUT/labels-E.npz; process 0 alone does so. Each 
 hash of its parameters, at the start and after each episode, to OUT/hashes-P.txt, a line each, and
 how many pictures it decoded for evaluations to OUT/decoded-P.txt. The n-th evaluation's features go
 to OUT/features-n.npz. TINY_ORDER="0,2,1,3" lays the devices on the mesh in this order.
-TINY_SIGTERM=N
-asks the process to leave in its step N.
+TINY_SIGTERM=N asks the process to leave in its step N.
 """
 
 import hashlib

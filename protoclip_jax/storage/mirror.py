@@ -6,6 +6,7 @@ run goes on from has all its lines.
 """
 
 import atexit
+import contextlib
 import os
 import shutil
 import tempfile
@@ -15,11 +16,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from protoclip_jax.storage import objects
+from protoclip_jax.storage.atomic import PART
 from protoclip_jax.storage.cache import machine_folder
 from protoclip_jax.storage.paths import AnyPath, is_remote
 from protoclip_jax.storage.retries import describe
 
 SECONDS = 60.0  # between two uploads in the background
+_NOT_MIRRORED = "wandb"  # folder of what Weights & Biases sends to its own place
 _LEFT = 7 * 86400.0  # seconds for which the files of a killed process are kept
 
 Mark = tuple[int, int]  # size and time of a file: another mark, another content
@@ -103,14 +106,20 @@ class Mirror:
             self.flush()
 
     def _changed(self) -> list[Path]:
-        files = (path for path in sorted(self.local.rglob("*")) if path.is_file())
-        names = [path.relative_to(self.local) for path in files]
-        return [name for name in names if self._uploaded.get(name) != _mark(self.local / name)]
+        changed = []
+        for path in sorted(self.local.rglob("*")):
+            name = path.relative_to(self.local)
+            with contextlib.suppress(FileNotFoundError):  # it had another name meanwhile
+                wanted = path.is_file() and path.suffix != PART and name.parts[0] != _NOT_MIRRORED
+                if wanted and self._uploaded.get(name) != _mark(path):
+                    changed.append(name)
+        return changed
 
     def _upload(self, name: Path) -> bool:
-        # The mark first: what is appended while the file is read makes another one.
-        mark, target = _mark(self.local / name), f"{self._workdir}/{name.as_posix()}"
+        target = f"{self._workdir}/{name.as_posix()}"
         try:
+            # The mark first: what is appended while the file is read makes another one.
+            mark = _mark(self.local / name)
             objects.write(target, (self.local / name).read_bytes())
         except Exception as error:  # whatever it is, the run is worth more than its log
             if not self._failing:

@@ -12,6 +12,9 @@ import urllib.request
 import uuid
 from pathlib import Path
 
+# Read at gcsfs's import: it would ask the real service what kind of bucket this is.
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+
 import fsspec
 import gcsfs.retry
 import pytest
@@ -92,7 +95,6 @@ def storage_server():
             "STORAGE_EMULATOR_HOST": server,
             "TENSORSTORE_GCS_HTTP_URL": server,
             "CLOUD_STORAGE_EMULATOR_ENDPOINT": server,
-            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # it would ask the real service
             "GOOGLE_CLOUD_PROJECT": "tests",
             "NO_GCE_CHECK": "true",
         }

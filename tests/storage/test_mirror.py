@@ -66,6 +66,16 @@ def test_folders_and_growing_files_are_uploaded_in_the_background(bucket):
     held.close()
 
 
+def test_what_is_not_whole_or_goes_elsewhere_is_left_out(bucket):
+    held = Mirror(as_path(f"{bucket.url}/run"))
+    (held.local / "wandb").mkdir()
+    for name in ("metrics.jsonl", "metrics.jsonl.1.part", "wandb/run.log"):
+        (held.local / name).write_text("x")
+    assert held.flush()
+    assert bucket.names("run") == ["metrics.jsonl"]
+    held.close()
+
+
 def there(bucket, name: str, content: str) -> bool:
     try:
         return objects.read(f"{bucket.url}/{name}").decode() == content

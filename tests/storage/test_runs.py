@@ -39,10 +39,13 @@ RECIPE = SMALL | {
 class Run:
     """A recipe in a workdir, started as often as a test likes."""
 
-    def __init__(self, out: Path, workdir: str, train: str, teacher: str, environment: dict):
+    def __init__(
+        self, out: Path, workdir: str, train: str, teacher: str, environment: dict, settings=None
+    ):
         self.out, self.log = out, out / "log"
         self._workdir, self._environment = workdir, environment
-        self._settings = RECIPE | {"data.train": train, "data.teacher": teacher}
+        data = {"data.train": train, "data.teacher": teacher}
+        self._settings = RECIPE | data | (settings or {})
         out.mkdir()
 
     def start(self, *flags: str, devices: int = 2, **environment) -> subprocess.Popen:
@@ -111,16 +114,20 @@ def fetched(bucket, folder: Path) -> Path:
     return folder
 
 
-def assert_same_lines(one: Path, two: Path, **close) -> None:
+def visible(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+
+
+def assert_same_lines(one: Path, two: Path, steps: int, **close) -> None:
     """The same lines of the same steps; those of whole episodes differ where one was stopped."""
     found = []
     for folder in (one, two):
         lines = [untimed(line) for line in metrics(folder)]
         assert [line["step"] for line in lines] == sorted(line["step"] for line in lines)
         found.append([line for line in lines if "train/loss/total" in line])
-        assert [line["step"] for line in found[-1]] == list(range(1, STEPS + 1))
+        assert [line["step"] for line in found[-1]] == list(range(1, steps + 1))
         ends = [line["step"] for line in lines if "loss/total" in line]
-        assert ends == [3, 6, 9, 12]
+        assert ends == list(range(3, steps + 1, 3))
     for left, right in zip(*found, strict=True):
         if close:
             assert right["train/loss/total"] == pytest.approx(left["train/loss/total"], **close)
@@ -164,10 +171,8 @@ def test_run_in_a_bucket_killed_in_a_save_and_stopped_equals_a_local_one(
     for name in theirs.files:
         np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
     copy = fetched(bucket, tmp_path / "fetched")
-    assert_same_lines(local / "run", copy)
-    assert {path.name for path in copy.iterdir()} == {
-        path.name for path in (local / "run").iterdir()
-    }
+    assert_same_lines(local / "run", copy, STEPS)
+    assert visible(copy) == visible(local / "run")
     assert (copy / "unreadable.tsv").read_text().startswith(f"5\t{folder}/list/5.png\t")
     assert len(list((copy / "tensorboard").iterdir())) == 3  # of three starts
     # The model is used from there too.
@@ -179,11 +184,15 @@ def test_run_in_a_bucket_killed_in_a_save_and_stopped_equals_a_local_one(
     assert "evaluation.json" in bucket.names("run")
 
 
-def test_two_processes_share_a_workdir_in_a_bucket(bucket, environment, data, local, tmp_path):
-    folder = bucket.put(data)
-    workdir = f"{bucket.url}/run"
-    run = Run(tmp_path / "out", workdir, f"{folder}/tars", f"{folder}/teacher.npy", environment)
-    for stop, code in (("5", 75), ("", 0)):
+def test_two_processes_share_a_workdir_in_a_bucket(bucket, environment, data, tmp_path):
+    """Tars, of which each reads its half; one of them is asked to leave."""
+    settings = {"episode.count": "3", "episode.warmup": "3", "episode.locked": "0"}
+    settings |= {"objective.external": "0"}
+    folder, one, two = bucket.put(data), tmp_path / "one", tmp_path / "two"
+    alone = Run(one, str(one / "run"), str(data / "tars"), "none", dict(os.environ), settings)
+    assert alone.finish(alone.start()) == [0], alone.told()[-3000:]
+    run = Run(two, f"{bucket.url}/run", f"{folder}/tars", "none", environment, settings)
+    for stop, code in (("2", 75), ("", 0)):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -198,8 +207,13 @@ def test_two_processes_share_a_workdir_in_a_bucket(bucket, environment, data, lo
             for index in range(2)
         ]
         assert run.finish(*started) == [code] * 2, run.told()[-3000:]
-    assert "Going on after step" in run.told()
-    ours, theirs = (np.load(out / "state.npz") for out in (run.out, local))
+    assert "Going on after step 6 of 9" in run.told()
+    hashes = [(two / f"hashes-{index}.txt").read_text() for index in range(2)]
+    assert hashes[0] == hashes[1]
+    ours, theirs = (np.load(out / "state.npz") for out in (two, one))
     for name in theirs.files:
         np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-3, atol=1e-5, err_msg=name)
-    assert_same_lines(local / "run", fetched(bucket, tmp_path / "fetched"), rel=1e-3)
+    copy = fetched(bucket, tmp_path / "fetched")
+    assert_same_lines(one / "run", copy, 9, rel=1e-3)
+    listed = [(copy / name).exists() for name in ("unreadable.tsv", "unreadable.1.tsv")]
+    assert any(listed)

@@ -1,15 +1,18 @@
 """Sources in a bucket give what they give from a local folder."""
 
+import json
 import pickle
 
 import numpy as np
 import pytest
 from pair_files import picture, write_list, write_shards
 
+from protoclip_jax import teacher
 from protoclip_jax.data.decoding import MISSING, UnreadableImage
 from protoclip_jax.data.emoji_text import embedded_directory
 from protoclip_jax.data.sources import PairSource, open_source, where
 from protoclip_jax.data.teacher import open_teacher
+from protoclip_jax.prepare import __main__ as prepare
 from protoclip_jax.prepare.convert import ConvertSettings, convert
 from protoclip_jax.storage import paths
 from protoclip_jax.storage.copies import local_copy
@@ -167,3 +170,31 @@ def test_array_records_of_another_scheme(monkeypatch):
 
     with pytest.raises(ValueError, match="are read from gs:// or local folders only"):
         RecordFiles([RecordFile("s3://b/x.array_record", 0, 3)])
+
+
+def test_tars_are_converted_and_described_from_there(bucket, tmp_path, capsys):
+    local = write_shards(tmp_path / "shards", 2, 3)
+    remote = bucket.put(tmp_path / "shards")
+    prints = [
+        convert(open_source(spec), tmp_path / name, ConvertSettings(), progress=False)
+        for spec, name in ((local, "one"), (remote, "two"))
+    ]
+    assert prints[0]["fingerprint"] == prints[1]["fingerprint"]
+    described = f"{bucket.url}/stats.json"
+    assert prepare.main(["stats", remote, "--json", described, "--workers", "1"]) == 0
+    assert json.loads(bucket.files.cat_file(described))["readable"] == 6
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        (prepare.main, ["convert", "emoji_text/val", "--out", "gs://b/set"]),
+        (teacher.main, ["emoji_text/val", "--out", "gs://b/teacher.npy"]),
+    ],
+)
+def test_what_is_made_is_written_to_a_local_folder(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run, arguments = command
+    assert run(arguments) == 2
+    assert "written to a local folder, copy them afterwards" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
