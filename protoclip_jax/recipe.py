@@ -117,7 +117,7 @@ def _place(error: BaseException, file: str) -> str:
     theirs = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if frame.filename == file or not frame.filename.startswith(libraries)
+        if not frame.filename.startswith(libraries)
     ]
     return f"{theirs[-1].filename}:{theirs[-1].lineno}" if theirs else file
 

@@ -1,6 +1,7 @@
 """Recipes and overrides: what is wrong is named in one line, before anything heavy starts."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 import textwrap
@@ -22,6 +23,7 @@ from protoclip_jax.recipe import (
 )
 
 CONFIGS = Path(__file__).parent.parent / "configs"
+CASES = Path(__file__).parent / "cases"
 
 
 def recipe(**overrides):
@@ -81,6 +83,18 @@ def test_unknown_option_names_the_nearest(path, near):
     with pytest.raises(ConfigError, match=f"{path}.*did you mean config.{near}") as caught:
         apply_override(defaults(), path, "3")
     assert "\n" not in str(caught.value)
+
+
+def test_misspelt_options_of_the_case_stop_the_run():
+    """CFG-01: each one alone, by its key, with the nearest real one."""
+    case = json.loads((CASES / "CFG-01" / "overrides.json").read_text())
+    near = {"epsiode_size": "episode.size", "batch-size": "optimizer.batch"}
+    for overrides in case.values():
+        ((key, value),) = overrides.items()
+        message = f"there is no option config.{key}: did you mean config.{near.pop(key)}"
+        with pytest.raises(ConfigError, match=message):
+            configured(str(CONFIGS / "quickstart.py"), [f"--config.{key}={value}"], None)
+    assert not near
 
 
 def test_unknown_option_inside_a_recipe_names_the_nearest():

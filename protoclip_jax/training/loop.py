@@ -103,7 +103,7 @@ class Trainer:
         self.mesh = state.make_mesh(config.mesh.fsdp)
         self.replicated = NamedSharding(self.mesh, PartitionSpec())
         self.model = state.model_of(config)
-        self.profile = Profile(profile, self.mirror.local)
+        self.profile = Profile(profile, self.mirror.local, config.total_steps)
         self.input = Input(
             config,
             self.model.vision.image_size,
