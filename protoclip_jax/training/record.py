@@ -3,27 +3,15 @@
 import dataclasses
 import json
 import platform
-import subprocess
-from importlib import metadata
 from pathlib import Path
 
 import jax
 
+from protoclip_jax import versions
 from protoclip_jax.config import Config, ConfigError, flatten
 from protoclip_jax.training.checkpoint import differences
 
 RECIPE_FILE = "recipe.json"
-PACKAGES = (
-    "jax",
-    "jaxlib",
-    "flax",
-    "optax",
-    "orbax-checkpoint",
-    "grain",
-    "numpy",
-    "pillow",
-    "cykooz-resizer",
-)
 
 # What may differ between a stop and a resume without changing any number of the run.
 HARMLESS = (
@@ -48,9 +36,9 @@ def write(workdir: Path, config: Config) -> None:
     devices = jax.devices()
     record = {
         **meta(config),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": versions.versions(),
         "python": platform.python_version(),
-        "commit": _commit(),
+        "commit": versions.commit(),
         "devices": f"{len(devices)} x {devices[0].device_kind}",
     }
     (workdir / RECIPE_FILE).write_text(json.dumps(record, indent=1) + "\n")
@@ -99,26 +87,3 @@ def check_resumable(workdir: Path, stored: dict, wanted: dict) -> None:
             f"start from these weights with --config.model.weights={workdir}. Differences:\n  "
             + "\n  ".join(lines)
         )
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:  # one without a wheel for this machine
-        return None
-
-
-def _commit() -> str | None:
-    """Commit of the code when it runs from a git checkout, with + for uncommitted changes."""
-    folder = Path(__file__).parent
-    try:
-        head = _git(folder, "rev-parse", "HEAD")
-        return head + ("+" if _git(folder, "status", "--porcelain", "--", str(folder)) else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(folder), *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
-    return result.stdout.strip()
