@@ -34,7 +34,7 @@ SMALL_FILES = 16
 
 
 def run(settings: Settings, save: Save) -> dict[str, Any]:
-    """Trains two episodes from pictures on the disk; the second is reported."""
+    """Trains two episodes from images on the disk; the second is reported."""
     small, devices = settings.small, jax.device_count()
     overrides = [f"--config.{path}={text}" for path, text in (SMALL if small else FULL).items()]
     config = short(configured(str(ROOT / RECIPE), overrides, devices), 2)
@@ -50,7 +50,7 @@ def run(settings: Settings, save: Save) -> dict[str, Any]:
         data = dataclasses.replace(config.data, workers=min(16, max(1, machine.cores() - 1)))
         config = dataclasses.replace(config, data=data)
         numbers["workers"] = data.workers
-        for seconds, found in input_benchmark.episodes_on_pictures(config, folder):
+        for seconds, found in input_benchmark.episodes_on_images(config, folder):
             numbers |= {
                 "seconds": seconds,
                 "extracted_per_second": config.extracted / seconds["extract"],

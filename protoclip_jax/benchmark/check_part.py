@@ -66,7 +66,9 @@ def reason(error: BaseException) -> str:
 
 def _end_with_parent() -> None:
     """Ends this process and what it started when the one that started it is gone."""
-    sys.stdin.read()
+    # Not by sys.stdin, whose lock would still be held when the interpreter ends.
+    while os.read(0, 1):
+        pass
     if os.getpgrp() == os.getpid():  # a group of its own, as check_runner.py starts it
         os.killpg(os.getpgrp(), signal.SIGKILL)
     os._exit(1)

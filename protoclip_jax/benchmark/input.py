@@ -204,7 +204,7 @@ def training_wait(config: Config, folder: Path, count: int) -> dict[str, Any]:
         data=parts(config.data, workers=max(1, machine.cores() - 1)),
         episode=parts(config.episode, size=max(batch, count // batch * batch)),
     )
-    *_, (parts_of_last, found) = episodes_on_pictures(config, folder)
+    *_, (parts_of_last, found) = episodes_on_images(config, folder)
     seconds = parts_of_last["train"]
     return {
         "batch": batch,
@@ -214,10 +214,10 @@ def training_wait(config: Config, folder: Path, count: int) -> dict[str, Any]:
     }
 
 
-def episodes_on_pictures(
+def episodes_on_images(
     config: Config, folder: Path
 ) -> Iterator[tuple[dict[str, float], dict[str, float]]]:
-    """Trains the episodes of a recipe on the pictures in a folder, its pairs.tsv.
+    """Trains the episodes of a recipe on the images in a folder, its pairs.tsv.
 
     Yields:
       Seconds of each part of an episode, and what there is to log. The first episode starts the
