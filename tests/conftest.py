@@ -22,6 +22,13 @@ from jaxtyping import install_import_hook
 install_import_hook("protoclip_jax", "beartype.beartype")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _full_products():
+    """An accelerator would round the factors of float32 products; tolerances are float32's."""
+    if jax.default_backend() != "cpu":
+        jax.config.update("jax_default_matmul_precision", "highest")
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _programs_of_a_module():
     """Frees the memory of a module's programs: all of them together take gigabytes."""

@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from protoclip_jax.recipe import OVERRIDE
+from protoclip_jax.benchmark import arguments as common
 
 # XLA's chatter would stand between the lines of the table; errors still show.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -26,6 +26,7 @@ BENCHMARKS = {
     "step": "one training step of a recipe, against open_clip in torch",
     "episode": "an episode of ProtoCLIP, offline and online, against one of CLIP",
     "input": "reading, decoding and cropping pictures, against plain Pillow",
+    "check": "this machine's accelerator: right, and as fast as it should be",
 }
 
 
@@ -54,16 +55,15 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The options; what starts with --config. lies in `overrides`."""
     parser = build_parser(arguments)
     options, rest = parser.parse_known_args(arguments)
-    options.overrides = [text for text in rest if text.startswith(OVERRIDE)]
-    takes_overrides = hasattr(options, "config")
-    unknown = [text for text in rest if not (takes_overrides and text in options.overrides)]
+    options.overrides = common.overrides(rest) if hasattr(options, "config") else []
+    unknown = [text for text in rest if text not in options.overrides]
     if unknown:
         parser.error(f"{options.benchmark} has no option {unknown[0]}")
     return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit code: 0, or 2 for what cannot be measured."""
+    """Runs the command; returns the report's exit code, or 2 for what cannot be measured."""
     options = parse(sys.argv[1:] if arguments is None else arguments)
     try:
         report = _module(options.benchmark).run(options)
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"protoclip_jax: {error}", file=sys.stderr)
         return 2
     print(json.dumps(report.numbers, indent=1) if options.json else report.text())
-    return 0
+    return report.code
 
 
 def _module(name: str):

@@ -20,13 +20,20 @@ MODEL = "RN50"
 _STEPS = 20
 
 
-def measure(config: Config, mesh: Mesh, repeats: int) -> dict[str, Any]:
-    """Milliseconds of the host for a step of RN50's TrainState, each of its arrays one number.
+def measure(config: Config, mesh: Mesh, repeats: int, model: str | None = None) -> dict[str, Any]:
+    """Milliseconds of the host for a step of a TrainState, each of its arrays one number.
 
     The compiled program takes the state, donated, adds 1 to all of it and returns it, as a
     training step does with more work. The time of that trivial program is in the number.
+
+    Args:
+      config: the recipe of the state.
+      mesh: where it lies.
+      repeats: of `_STEPS` steps each; the median counts.
+      model: whose state; None for RN50.
     """
-    like = train_state(config)
+    model = model or MODEL
+    like = train_state(config, model)
     everywhere = NamedSharding(mesh, PartitionSpec())
     places = jax.tree.map(lambda _: everywhere, like)
     values = jax.jit(
@@ -47,13 +54,13 @@ def measure(config: Config, mesh: Mesh, repeats: int) -> dict[str, Any]:
         times.append((time.perf_counter() - start) / _STEPS)
     return {
         "host_ms": 1e3 * statistics.median(times),
-        "host_model": MODEL,
+        "host_model": model,
         "host_arrays": len(jax.tree.leaves(like)),
     }
 
 
-def train_state(config: Config) -> dict[str, Any]:
-    """Shapes of the recipe's TrainState with RN50 for a model."""
-    model = dataclasses.replace(config.model, name=MODEL)
+def train_state(config: Config, name: str = MODEL) -> dict[str, Any]:
+    """Shapes of the recipe's TrainState with another model."""
+    model = dataclasses.replace(config.model, name=name)
     _, like = state.shapes(dataclasses.replace(config, model=model))
     return like

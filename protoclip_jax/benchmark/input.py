@@ -9,6 +9,7 @@ import multiprocessing
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -197,35 +198,49 @@ def _rows(rows: int, positions: int, episode: int) -> np.ndarray:
 def training_wait(config: Config, folder: Path, count: int) -> dict[str, Any]:
     """Trains two episodes of a recipe on the pictures; the share of time without input."""
     parts, batch = dataclasses.replace, config.optimizer.batch
-    size = max(batch, count // batch * batch)
     config = as_clip(short(config, 2))
     config = parts(
         config,
-        data=parts(
-            config.data,
-            train=str(folder / "pairs.tsv"),
-            teacher=None,
-            limit=None,
-            workers=max(1, machine.cores() - 1),
-        ),
-        episode=parts(config.episode, size=size, replacement=size > count),
+        data=parts(config.data, workers=max(1, machine.cores() - 1)),
+        episode=parts(config.episode, size=max(batch, count // batch * batch)),
+    )
+    *_, (parts_of_last, found) = episodes_on_images(config, folder)
+    seconds = parts_of_last["train"]
+    return {
+        "batch": batch,
+        "workers": config.data.workers,
+        "images_per_second": config.episode.size / seconds,
+        "input_wait_share": found["seconds/input_wait"] / seconds,
+    }
+
+
+def episodes_on_images(
+    config: Config, folder: Path
+) -> Iterator[tuple[dict[str, float], dict[str, float]]]:
+    """Trains the episodes of a recipe on the images in a folder, its pairs.tsv.
+
+    Yields:
+      Seconds of each part of an episode, and what there is to log. The first episode starts the
+      workers and compiles (which is no part).
+    """
+    parts = dataclasses.replace
+    source = str(folder / "pairs.tsv")
+    rows = len(open_source(source))
+    config = parts(
+        config,
+        data=parts(config.data, train=source, teacher=None, limit=None),
+        episode=parts(config.episode, replacement=config.episode.size > rows),
     )
     check(config, jax.device_count())
     trainer = Trainer(config, folder / "run")
     try:
         with trainer.input.batches() as trainer.batches:
-            for episode in range(2):  # the first one compiles and starts the workers
+            for episode in range(config.episode.count):
                 clock = Stopwatch()
                 found, _ = trainer.train_episode(episode, phase_of(config, episode), clock)
+                yield clock.seconds, found
     finally:
         trainer.close()
-    seconds = clock.seconds["train"]
-    return {
-        "batch": config.optimizer.batch,
-        "workers": config.data.workers,
-        "images_per_second": size / seconds,
-        "input_wait_share": found["seconds/input_wait"] / seconds,
-    }
 
 
 def _counts(most: int) -> list[int]:

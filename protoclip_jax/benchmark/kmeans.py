@@ -22,6 +22,9 @@ SIZES: list[Size] = [(20_000, 128, 2_000), (50_000, 128, 5_000)]
 LARGE: Size = (200_000, 128, 20_000)  # the paper's episode
 
 _TILE_VALUES = 8_000_000
+# Bytes of a copy that stands for the memory: many times what any cache holds.
+_COPY_CPU, _COPY = 2**28, 2**31
+_COPIES = 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,8 +81,20 @@ def run(options: argparse.Namespace) -> Report:
     return _report(found, sizes, cases, faiss is not None, options)
 
 
-def measure(size: Size, precision: str, iterations: int, repeats: int, faiss) -> dict[str, Any]:
-    """Numbers of one size; those of the peer are None without it."""
+def measure(
+    size: Size, precision: str, iterations: int, repeats: int, faiss, *, judged: bool = True
+) -> dict[str, Any]:
+    """Numbers of one size; those of the peer are None without it.
+
+    Args:
+      size: points, width, clusters.
+      precision: "float32" or "bfloat16".
+      iterations: most updates.
+      repeats: of every contender.
+      faiss: the peer's module, or None.
+      judged: compute the objective in float64 too, which takes minutes for large sizes; a peer
+        needs it.
+    """
     n, d, k = size
     points, start = problem(size)
     on_device = jnp.asarray(points)
@@ -101,7 +116,12 @@ def measure(size: Size, precision: str, iterations: int, repeats: int, faiss) ->
     low = precision == "bfloat16"
     rows = kmeans_assignment.plan(k, platform=platform, low_precision=low, active=False).rows
     tiles = -(-n // rows)
-    contenders = {"ours": ours, "matmul": timing.matmul(rows, d, k, precision, tiles)}
+    copied = _COPY_CPU if platform == "cpu" else _COPY
+    contenders = {
+        "ours": ours,
+        "matmul": timing.matmul(rows, d, k, precision, tiles),
+        "copy": timing.copy(copied, _COPIES),
+    }
     if faiss is not None:
         peer = timing.Timed(lambda: faiss_peer.train(faiss, points, start, iterations))
         contenders["faiss"] = peer
@@ -110,7 +130,8 @@ def measure(size: Size, precision: str, iterations: int, repeats: int, faiss) ->
     made = int(clusters.iterations)
     # The last assignment belongs to the labels, so there is one more than there are updates.
     products = times["matmul"].of(platform) * (n / (rows * tiles)) * (made + 1)
-    ours_objective = objective(points, np.asarray(clusters.centroids))
+    moved = 2 * copied * _COPIES / times["copy"].wall  # read and written
+    scores = 2 * 4 * n * k * (made + 1)
     numbers = {
         "n": n,
         "d": d,
@@ -121,9 +142,11 @@ def measure(size: Size, precision: str, iterations: int, repeats: int, faiss) ->
         "cpu_seconds": times["ours"].cpu,
         "wall_seconds": times["ours"].wall,
         "compile_seconds": max(0.0, first - times["ours"].wall),
-        "objective": ours_objective,
+        "objective": objective(points, np.asarray(clusters.centroids)) if judged else None,
         "matmul_share": products / times["ours"].of(platform),
         "matmul_gflops": 2e-9 * rows * tiles * d * k / times["matmul"].wall,
+        "bandwidth_share": scores / times["ours"].wall / moved,
+        "copy_gb_per_second": moved / 1e9,
     }
     return numbers | _against_faiss(times, numbers, contenders, points, iterations)
 
@@ -198,10 +221,13 @@ def _report(found, sizes, cases, has_peer: bool, options) -> Report:
         row("wall s", "wall_seconds"),
         ("share of a matmul", [f"{case['matmul_share']:.0%}" for case in cases]),
         row("that matmul, GFLOP/s", "matmul_gflops"),
+        ("share of the memory's rate", [f"{case['bandwidth_share']:.0%}" for case in cases]),
+        row("that memory, GB/s", "copy_gb_per_second"),
     ]
     notes = [
-        "Share: time of products (tile rows x d) by (d x K) for every comparison of plain Lloyd,",
-        "over our time. Skipped comparisons and a score tile that stays in cache can pass 100 %.",
+        "Shares: time of products (tile rows x d) by (d x K) for every comparison of plain Lloyd,",
+        "and of writing and reading each of its scores once at a copy's rate, over our time.",
+        "Skipped comparisons and a score tile that stays in cache can pass 100 %.",
     ]
     if has_peer:
         rows += [

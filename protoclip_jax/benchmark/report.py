@@ -18,6 +18,7 @@ class Report:
       rows: (label, a cell for each column); an empty label is a rule.
       notes: lines below the table: what the numbers mean and what is missing.
       numbers: everything, as JSON takes it.
+      code: exit code of the command.
     """
 
     title: Sequence[str]
@@ -25,6 +26,7 @@ class Report:
     rows: Sequence[tuple[str, Sequence[str]]]
     notes: Sequence[str]
     numbers: Any
+    code: int = 0
 
     def text(self) -> str:
         """The table as plain text."""

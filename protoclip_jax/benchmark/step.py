@@ -15,6 +15,8 @@ from protoclip_jax.benchmark import arguments, host, machine, synthetic, timing,
 from protoclip_jax.benchmark.report import RULE, Report, number, say
 from protoclip_jax.config import Config, ConfigError
 from protoclip_jax.training import state
+from protoclip_jax.training.compiled import peak_flops
+from protoclip_jax.training.flops import flops
 from protoclip_jax.training.phases import Phase, phase_of
 from protoclip_jax.training.step import make_train_step
 
@@ -97,19 +99,26 @@ def chosen_phases(config: Config, names: str | None) -> dict[int, Phase]:
 
 
 class Runner:
-    """The state of a run that is trained on one batch."""
+    """The state of a run that is trained on one batch.
+
+    Attributes:
+      config: the recipe; another batch may be set before `prepare`.
+      compile_seconds: what compiling the step took.
+      operations: floating-point operations of a step over all devices.
+      program: the compiled step.
+    """
 
     def __init__(self, config: Config, mesh):
         self.config, self.mesh = config, mesh
         self.model = state.model_of(config)
         self.graphdef, self.state = state.create(config, mesh)
 
-    def prepare(self, episode: int, phase: Phase) -> tuple[float, float]:
-        """Compiles the step of a phase; returns the seconds that took, and the step's FLOPs."""
+    def prepare(self, episode: int, phase: Phase) -> None:
+        """Compiles the step of a phase and makes what it is given."""
         # As the trainer compiles it (training/loop.py).
         everywhere = NamedSharding(self.mesh, PartitionSpec())
         places = jax.tree.map(lambda leaf: leaf.sharding, self.state)
-        self.step = jax.jit(
+        step = jax.jit(
             make_train_step(self.graphdef, self.config, phase, self.mesh),
             donate_argnums=0,
             out_shardings=(places, everywhere),
@@ -119,16 +128,15 @@ class Runner:
         batch = synthetic.batch(self.config, self.model, phase, self.mesh)
         self.inputs = batch, synthetic.prototypes(self.config, phase, self.mesh)
         start = time.perf_counter()
-        lowered = self.step.lower(self.state, *self.inputs)
-        lowered.compile()
-        seconds = time.perf_counter() - start
-        self.run(2)
-        return seconds, flops(lowered)
+        traced = step.trace(self.state, *self.inputs)
+        self.program = traced.lower().compile()
+        self.compile_seconds = time.perf_counter() - start
+        self.operations = flops(traced.jaxpr)
 
     def run(self, steps: int) -> jax.Array:
         """Trains; returns the last loss, after which the state is there too."""
         for _ in range(steps):
-            self.state, metrics = self.step(self.state, *self.inputs)
+            self.state, metrics = self.program(self.state, *self.inputs)
         return jax.block_until_ready((self.state, metrics))[1]["loss/total"]
 
     def dispatch_ms(self) -> float | None:
@@ -138,23 +146,23 @@ class Runner:
         times = []
         for _ in range(_QUEUE):
             start = time.perf_counter()
-            self.state, _ = self.step(self.state, *self.inputs)
+            self.state, _ = self.program(self.state, *self.inputs)
             times.append(time.perf_counter() - start)
         jax.block_until_ready(self.state)
         return 1e3 * statistics.median(times)
 
+    def needed_bytes(self) -> int | None:
+        """Memory of a device that the compiled step takes, state and batch included."""
+        found = self.program.memory_analysis()
+        if found is None:
+            return None
+        held = found.argument_size_in_bytes + found.output_size_in_bytes
+        return held - found.alias_size_in_bytes + found.temp_size_in_bytes
 
-def flops(lowered: jax.stages.Lowered) -> float:
-    """Floating-point operations of a step over all devices, as XLA counts them.
-
-    Before optimisation: afterwards convolutions may be calls into a library, which count as
-    nothing, and what is computed twice counts twice.
-    """
-    analysis = lowered.cost_analysis()
-    if not analysis:
-        analysis = lowered.compile().cost_analysis() or {}
-        return analysis.get("flops", float("nan")) * jax.device_count()
-    return analysis["flops"]
+    def renew(self) -> None:
+        """Makes the state again where a step that failed has used it up."""
+        if any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state)):
+            _, self.state = state.create(self.config, self.mesh)
 
 
 def measure(
@@ -166,8 +174,16 @@ def measure(
     steps: int,
 ) -> dict[str, Any]:
     """Numbers of a phase; those of the peer are None without it."""
-    config, platform = runner.config, jax.default_backend()
-    compile_seconds, operations = runner.prepare(episode, phase)
+    runner.prepare(episode, phase)
+    runner.run(2)
+    return timed(runner, phase, peer, repeats, steps)
+
+
+def timed(
+    runner: Runner, phase: Phase, peer: torch_peer.Peer | None, repeats: int, steps: int
+) -> dict[str, Any]:
+    """The numbers of `measure`, of a step that is compiled and warm."""
+    config, platform, operations = runner.config, jax.default_backend(), runner.operations
     peer_error = None
     try:
         times, loss = _times(runner, phase, peer, repeats, steps)
@@ -180,16 +196,19 @@ def measure(
     rate = _PRODUCTS * 2 * _side() ** 3 / times["matmul"].wall * jax.device_count()
     if platform == "cpu":
         rate /= jax.device_count()  # devices of a CPU are the same cores
+    peak = peak_of_all()
     return {
         "phase": phase.name,
         "step_ms": 1e3 * ours.wall,
         "cpu_ms": 1e3 * ours.cpu,
         "pairs_per_second": config.optimizer.batch / ours.wall,
-        "compile_seconds": compile_seconds,
+        "compile_seconds": runner.compile_seconds,
         "gflop": operations / 1e9,
         "gflops": operations / ours.wall / 1e9,
         "matmul_gflops": rate / 1e9,
         "flop_use": operations / ours.wall / rate,
+        "peak_gflops": peak and peak / 1e9,
+        "peak_use": peak and operations / ours.wall / peak,
         "dispatch_ms": runner.dispatch_ms(),
         "loss": loss,
         "peer_step_ms": 1e3 * theirs.wall if theirs else None,
@@ -218,6 +237,12 @@ def _times(
     return times, float(ours.result)
 
 
+def peak_of_all() -> float | None:
+    """Peak FLOP/s of all devices by their data sheet, where it is known."""
+    peak = peak_flops(jax.local_devices()[0])
+    return None if peak is None else peak * jax.device_count()
+
+
 def _side() -> int:
     return _SIDE_CPU if jax.default_backend() == "cpu" else _SIDE
 
@@ -239,6 +264,8 @@ def _report(numbers: dict[str, Any], notes: list[str], options: argparse.Namespa
         row("matmul's GFLOP/s", "matmul_gflops"),
         ("FLOP use", [f"{case['flop_use']:.0%}" for case in cases]),
     ]
+    if all(case["peak_use"] is not None for case in cases):
+        rows.append(("share of the data sheet's peak", [f"{c['peak_use']:.0%}" for c in cases]))
     if any(case["dispatch_ms"] is not None for case in cases):
         rows += [RULE, row("host ms a step", "dispatch_ms")]
     notes = [

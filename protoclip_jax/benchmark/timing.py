@@ -80,3 +80,19 @@ def matmul(rows: int, inner: int, columns: int, dtype: Any, repeats: int) -> Tim
         return result
 
     return Timed(run)
+
+
+def copy(size: int, repeats: int) -> Timed:
+    """Reads `size` bytes of a device's memory and writes as many, compiled and warmed up."""
+    values = jnp.zeros(size // 4, jnp.float32)
+    # An addition, since the compiler would leave out a plain copy.
+    copied = jax.jit(lambda x: x + 1)
+    copied(values).block_until_ready()
+
+    def run():
+        result = None
+        for _ in range(repeats):
+            result = copied(values)
+        return result
+
+    return Timed(run)

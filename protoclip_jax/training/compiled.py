@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from protoclip_jax import distributed
+from protoclip_jax.training.flops import flops
 
 # Peak of dense bfloat16 products a device, in FLOP/s, by what its kind starts with: vendors'
 # data sheets.
@@ -27,8 +28,8 @@ class CompiledStep:
     """A function of (state, batch, ...) under `jax.jit`, compiled ahead by the batch's shapes.
 
     Attributes:
-      flops: floating-point operations of the last call over all devices, as XLA counts them
-        before optimisation; None where it does not.
+      flops: floating-point operations of the last call over all devices (see flops.py); None
+        before the first one.
     """
 
     def __init__(self, function: Callable, **options: Any):
@@ -37,7 +38,7 @@ class CompiledStep:
         options: of `jax.jit`.
         """
         self._function = jax.jit(function, **options)
-        self._programs: dict[tuple[int, ...], tuple[Callable, float | None]] = {}
+        self._programs: dict[tuple[int, ...], tuple[Callable, float]] = {}
         self.flops: float | None = None
 
     def __call__(self, state: Any, batch: dict[str, jax.Array], *rest: Any) -> Any:
@@ -48,12 +49,12 @@ class CompiledStep:
         program, self.flops = self._programs[shape]
         return program(state, batch, *rest)
 
-    def _compile(self, *arguments: Any) -> tuple[Callable, float | None]:
-        lowered = self._function.lower(*arguments)
-        program = lowered.compile()
+    def _compile(self, *arguments: Any) -> tuple[Callable, float]:
+        traced = self._function.trace(*arguments)
+        program = traced.lower().compile()
         # Collective operations give up on a process that compiles half a minute longer.
         distributed.barrier()
-        return program, (lowered.cost_analysis() or {}).get("flops")
+        return program, flops(traced.jaxpr)
 
 
 def peak_flops(device: jax.Device) -> float | None:

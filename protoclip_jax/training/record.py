@@ -1,15 +1,12 @@
 """What a workdir says of its run: recipe, versions, commit; and whether a recipe still fits it."""
 
 import dataclasses
-import hashlib
 import json
 import platform
-import subprocess
-from importlib import metadata
-from pathlib import Path
 
 import jax
 
+from protoclip_jax import versions
 from protoclip_jax.config import Config, ConfigError, flatten
 from protoclip_jax.storage import objects
 from protoclip_jax.storage.atomic import write_json
@@ -17,17 +14,6 @@ from protoclip_jax.storage.paths import AnyPath
 from protoclip_jax.training.checkpoint import differences
 
 RECIPE_FILE = "recipe.json"
-PACKAGES = (
-    "jax",
-    "jaxlib",
-    "flax",
-    "optax",
-    "orbax-checkpoint",
-    "grain",
-    "numpy",
-    "pillow",
-    "cykooz-resizer",
-)
 
 # What may differ between a stop and a resume without changing any number of the run.
 HARMLESS = (
@@ -52,9 +38,9 @@ def write(workdir: AnyPath, config: Config) -> None:
     devices = jax.devices()
     record = {
         **meta(config),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": versions.versions(),
         "python": platform.python_version(),
-        "commit": _commit(),
+        "commit": versions.commit(),
         "devices": f"{len(devices)} x {devices[0].device_kind}",
     }
     write_json(workdir / RECIPE_FILE, record)
@@ -83,7 +69,7 @@ def identity(config: Config) -> dict:
     # A host's own affair; where the data lie may differ too, and their fingerprints are compared.
     own = ("data.workers", "data.threads", "data.train", "data.teacher", "data.image_root")
     options = {f"config.{name}": value for name, value in options.items() if name not in own}
-    return options | {name: _version(name) for name in PACKAGES} | {"code": code_hash()}
+    return options | versions.versions() | {"code": versions.code_hash()}
 
 
 def check_resumable(workdir: AnyPath, stored: dict, wanted: dict) -> None:
@@ -112,36 +98,3 @@ def check_resumable(workdir: AnyPath, stored: dict, wanted: dict) -> None:
             f"start from these weights with --config.model.weights={workdir}. Differences:\n  "
             + "\n  ".join(lines)
         )
-
-
-def code_hash() -> str:
-    """A hash of the package's Python files, which tells two checkouts apart."""
-    root = Path(__file__).parents[1]
-    digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        digest.update(str(path.relative_to(root)).encode() + b"\0")
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:  # one without a wheel for this machine
-        return None
-
-
-def _commit() -> str | None:
-    """Commit of the code when it runs from a git checkout, with + for uncommitted changes."""
-    folder = Path(__file__).parent
-    try:
-        head = _git(folder, "rev-parse", "HEAD")
-        return head + ("+" if _git(folder, "status", "--porcelain", "--", str(folder)) else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(folder), *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
-    return result.stdout.strip()

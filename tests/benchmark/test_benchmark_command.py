@@ -49,6 +49,9 @@ def test_kmeans_numbers_without_faiss_are_null(capsys):
     # As many clusters as points; ours moves points around their mean and back.
     assert second["objective"] == pytest.approx(0, abs=1e-10)
     assert first["machine"]["cores"] >= 1
+    # Three updates and the last assignment, every score written and read.
+    moved = 2 * 4 * 400 * 16 * (first["iterations"] + 1) / first["wall_seconds"] / 1e9
+    assert first["bandwidth_share"] == pytest.approx(moved / first["copy_gb_per_second"])
 
 
 def test_kmeans_against_faiss(capsys):
@@ -98,6 +101,12 @@ def test_contenders_take_turns_and_medians_count():
     found = timing.alternating({"a": contender("a", [9, 1, 2]), "b": contender("b", [5, 5, 6])}, 3)
     assert order == ["a", "b"] * 3
     assert found == {"a": (2, 1), "b": (5, 1)}
+
+
+def test_a_copy_reads_and_writes_what_it_says():
+    copied = timing.copy(4096, 3)
+    assert copied().wall > 0
+    np.testing.assert_array_equal(copied.result, np.ones(1024, np.float32))
 
 
 def test_numbers_have_three_digits():

@@ -60,8 +60,9 @@ def peer_config():
 
 
 @pytest.mark.usefixtures("fake_host")
-def test_step_of_phases_beside_a_peer(script, capsys):
+def test_step_of_phases_beside_a_peer(script, capsys, monkeypatch):
     script(FAKE_PEER)
+    monkeypatch.setattr(step, "peak_flops", lambda device: 3e12)
     assert (
         main(arguments("--json", "--phase=prototype,locked", f"--peer_python={sys.executable}"))
         == 0
@@ -72,9 +73,12 @@ def test_step_of_phases_beside_a_peer(script, capsys):
     assert numbers["peer"] == "a fake"
     assert [case["phase"] for case in numbers["phases"]] == ["prototype", "locked"]
     for case in numbers["phases"]:
-        assert case["pairs_per_second"] > 0
         assert case["gflop"] > 0
-        assert case["flop_use"] > 0
+        assert case["pairs_per_second"] == pytest.approx(8e3 / case["step_ms"])
+        assert case["gflops"] == pytest.approx(1e3 * case["gflop"] / case["step_ms"])
+        assert case["flop_use"] == pytest.approx(case["gflops"] / case["matmul_gflops"])
+        assert case["peak_gflops"] == 8 * 3e3  # of eight devices
+        assert case["peak_use"] == pytest.approx(case["gflops"] / case["peak_gflops"])
         assert np.isfinite(case["loss"])
         assert case["peer_step_ms"] == 1000
         assert case["peer_cpu_ms"] == (3000 if case["phase"] == "locked" else 2000)

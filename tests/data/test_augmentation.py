@@ -123,6 +123,7 @@ def test_crops_are_rgb_last(mode):
 # Colours, one piece at a time against plain float64 or the standard library.
 
 
+@pytest.mark.accelerator
 def test_hue_equals_colorsys():
     image = pictures(1, 12)[0].at[0, :4].set(0.5).at[1, :4].set(0.0).at[2, :4].set(1.0)
     for turn in (-0.5, -0.2, 0.0, 0.07, 0.5):
@@ -136,6 +137,7 @@ def test_hue_equals_colorsys():
         np.testing.assert_allclose(actual, expected, atol=2e-6)
 
 
+@pytest.mark.accelerator
 @pytest.mark.parametrize("sigma", [0.1, 0.7, 2.0])
 def test_blur_equals_scipy(sigma):
     image = pictures(1, 24)[0]
@@ -172,6 +174,7 @@ def reference_jitter(image, key, settings: Colour):
     return np.clip(share * x + (1 - share) * grey(x), 0, 1)
 
 
+@pytest.mark.accelerator
 def test_jitter_equals_a_plain_reference():
     settings = Colour(jitter=1.0, brightness=0.8, contrast=0.8, saturation=0.8)
     images = pictures(16)

@@ -35,6 +35,7 @@ POINTS = features()
 CENTROIDS = POINTS[:600] * np.float32(0.8)
 
 
+@pytest.mark.accelerator
 @pytest.mark.parametrize("shift", [0.0, 30.0, 1000.0])
 def test_labels_differ_from_float64_only_within_the_stated_margin(shift):
     points, centroids = POINTS + np.float32(shift), CENTROIDS + np.float32(shift)
@@ -45,6 +46,7 @@ def test_labels_differ_from_float64_only_within_the_stated_margin(shift):
     assert excess.max() <= points.shape[1] * 2.0**-20 * radius**2
 
 
+@pytest.mark.accelerator
 def test_ties_go_to_the_lowest_index():
     centroids = np.repeat(POINTS[:300], 2, axis=0)[np.random.default_rng(0).permutation(600)]
     lowest = np.array([np.flatnonzero((centroids == row).all(1))[0] for row in POINTS[:300]])
@@ -98,6 +100,7 @@ def hard_cases():
     }
 
 
+@pytest.mark.accelerator
 @pytest.mark.parametrize("name", hard_cases())
 def test_screening_in_bfloat16_gives_the_labels_of_float32(name):
     """Bit for bit, from nothing and from what an earlier pass knew."""
@@ -132,6 +135,7 @@ def test_screening_leaves_little_to_float32():
     assert np.mean(scores[:, -1] - scores[:, -2] <= 2 * error) < 0.25
 
 
+@pytest.mark.accelerator
 @pytest.mark.parametrize(("precision", "empty"), [("float32", "split"), ("bfloat16", "keep")])
 def test_active_sets_change_nothing(precision, empty):
     """Bit for bit the plain algorithm, at every iteration, also with repeats and ties."""
@@ -180,6 +184,7 @@ def test_active_sets_skip_work(monkeypatch):
     np.testing.assert_array_equal(second.scores, fresh.scores)
 
 
+@pytest.mark.accelerator
 def test_chunks_give_the_labels_of_the_whole():
     result = kmeans(POINTS, 600, seed=0, iterations=3)
     used = np.asarray(result.counts) > 0
@@ -188,6 +193,7 @@ def test_chunks_give_the_labels_of_the_whole():
     np.testing.assert_array_equal(np.concatenate(parts), result.labels)
 
 
+@pytest.mark.accelerator
 def test_place_does_not_change_a_points_scores():
     order = np.random.default_rng(0).permutation(len(POINTS))
     for low_precision in (False, True):

@@ -33,6 +33,7 @@ def lloyd(name, start: int, updates: int):
     return kmeans(points, len(initial), seed=0, initial=initial, iterations=updates, **settings)
 
 
+@pytest.mark.accelerator
 @pytest.mark.parametrize("name", LLOYD)
 def test_lloyd_steps(name):
     steps = sorted(int(k.rsplit("_", 1)[1]) for k in FILE if k.startswith(f"lloyd/{name}/labels_"))

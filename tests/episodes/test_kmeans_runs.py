@@ -45,6 +45,17 @@ def test_same_bits_on_1_2_and_8_devices(precision):
     same(alone, kmeans(sharded, 200, mesh=many, **settings))
 
 
+@pytest.mark.accelerator
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_same_bits_from_run_to_run(precision):
+    """Where threads add in any order, sums of floats would differ."""
+    settings = {"seed": 4, "iterations": 6, "active": True, "precision": precision}
+    runs = [kmeans(POINTS[:2496], 200, **settings) for _ in range(3)]
+    assert len(np.unique(runs[0].labels)) > 100
+    for run in runs[1:]:
+        same(run, runs[0])
+
+
 def test_modalities_in_one_call_equal_separate_ones():
     both = np.stack([POINTS, POINTS[::-1] * 2])
     initial = both[:, :50]
@@ -75,6 +86,7 @@ def test_stops_when_nothing_changes():
     same(early, late)
 
 
+@pytest.mark.accelerator
 @pytest.mark.parametrize(("k", "options"), [(100, {}), (600, {}), (600, {"spherical": True})])
 def test_bfloat16_gives_the_bits_of_float32(k, options):
     results = [kmeans(POINTS, k, seed=2, precision=p, **options) for p in ("float32", "bfloat16")]
@@ -162,6 +174,7 @@ def test_far_from_the_origin():
         assert float(result.objective) < 1.1 * float(near.objective)
 
 
+@pytest.mark.accelerator
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_rows_that_are_not_finite_poison_nothing(precision):
     bad = {3: np.nan, 77: np.inf, 1500: -np.inf, 2001: 1e30}

@@ -17,6 +17,7 @@ def features(n: int, d: int, seed: int = 0) -> np.ndarray:
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 
 
+@pytest.mark.accelerator
 @pytest.mark.parametrize("shift", [0.0, 100.0])
 @pytest.mark.parametrize("batch", [1, 7, 64])
 def test_frozen_features_get_the_labels_of_kmeans(shift, batch):
@@ -30,6 +31,7 @@ def test_frozen_features_get_the_labels_of_kmeans(shift, batch):
     np.testing.assert_array_equal(np.concatenate(labels), found.labels)
 
 
+@pytest.mark.accelerator
 def test_labels_agree_with_float64():
     points, centroids = features(200, 16), features(30, 16, seed=1)
     counts = np.arange(30) % 3

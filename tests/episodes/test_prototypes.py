@@ -16,6 +16,7 @@ FEATURES = RNG.normal(size=(4000, 24)).astype(np.float32)
 LABELS = RNG.integers(0, 300, 4000).astype(np.int32)
 
 
+@pytest.mark.accelerator
 @pytest.mark.core
 @pytest.mark.parametrize("name", sorted({key.split("/")[0] for key in FILE}))
 def test_golden_back_translation(name):
@@ -46,6 +47,7 @@ def test_sums_have_the_same_bits_in_any_order_and_on_any_devices():
         np.testing.assert_array_equal(counts, spread_counts)
 
 
+@pytest.mark.accelerator
 @pytest.mark.parametrize(("rows", "scale"), [(1, 1.0), (4000, 1e-20), (4000, 1.0), (4000, 3e7)])
 def test_exact_sums_against_float64(rows, scale):
     values, labels = FEATURES[:rows] * np.float32(scale), LABELS[:rows]

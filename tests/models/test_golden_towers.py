@@ -61,6 +61,7 @@ def check_gradients(gradients, file, key, prefix=""):
     assert len(names) == len(gradients)
 
 
+@pytest.mark.accelerator
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_resnet(mode):
     file = "models_rn_tower"
@@ -102,6 +103,7 @@ def resnet_stage(name: str, stages: dict):
     return stages[path] if path in stages else stages[max(last)]
 
 
+@pytest.mark.accelerator
 @pytest.mark.parametrize("activation", ["quickgelu", "gelu"])
 def test_vision_transformer(activation):
     file = "models_vit_tower"
@@ -124,6 +126,7 @@ def test_vision_transformer(activation):
     check_gradients(gradients, file, activation, "visual.")
 
 
+@pytest.mark.accelerator
 @pytest.mark.parametrize("activation", ["quickgelu", "gelu"])
 def test_text_transformer(activation):
     file = "models_text_tower"

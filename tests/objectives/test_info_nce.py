@@ -33,6 +33,7 @@ def plain(image: np.ndarray, text: np.ndarray, scale: float) -> float:
     return (one_way(logits) + one_way(logits.T)) / 2
 
 
+@pytest.mark.accelerator
 @pytest.mark.core
 @pytest.mark.parametrize(
     ("case", "scale"), [("scale14.29", np.log(1 / 0.07)), ("scale100", np.log(100)), ("scale1", 0)]
@@ -48,6 +49,7 @@ def test_golden_values_and_gradients(case, scale):
     assert_close_to_max(scale_grad, expected["grad_logit_scale_param"], 1e-5, "scale gradient")
 
 
+@pytest.mark.accelerator
 @pytest.mark.core
 def test_golden_identical_features():
     inputs = golden("losses", "in/")
@@ -92,6 +94,7 @@ def test_float64_stays_float64():
         np.testing.assert_allclose(loss, plain(image, text, 2.0), rtol=1e-12)
 
 
+@pytest.mark.accelerator
 def test_bfloat16_features_give_float32_logits():
     image = jnp.asarray(unit_rows(1, 64, 32), jnp.bfloat16)
     text = jnp.asarray(unit_rows(2, 64, 32), jnp.bfloat16)

@@ -67,6 +67,7 @@ def inputs():
     return arrays
 
 
+@pytest.mark.accelerator
 @pytest.mark.core
 @pytest.mark.parametrize("side", ["img2text", "text2img"])
 @pytest.mark.parametrize("translated", ["pbt", "nopbt"])
@@ -86,6 +87,7 @@ def test_golden_sides(inputs, target, translated, side):
     )
 
 
+@pytest.mark.accelerator
 @pytest.mark.core
 @pytest.mark.parametrize("side", ["img2ext", "text2ext"])
 def test_golden_external(inputs, side):
@@ -101,6 +103,7 @@ def test_golden_external(inputs, side):
     )
 
 
+@pytest.mark.accelerator
 @pytest.mark.core
 @pytest.mark.parametrize(
     ("case", "temperature"),

@@ -84,6 +84,7 @@ def replaced(batch, **prototypes):
     return (*batch[:3], batch[3] | prototypes)
 
 
+@pytest.mark.accelerator
 @pytest.mark.core
 @pytest.mark.parametrize("compute_all", [True, False], ids=["all", "weighted"])
 @pytest.mark.parametrize("case", TOTALS)

@@ -5,7 +5,7 @@ import pytest
 from etils import epath
 from tiny_run import small_config
 
-from protoclip_jax import distributed
+from protoclip_jax import distributed, versions
 from protoclip_jax.config import ConfigError
 from protoclip_jax.distributed import cluster
 from protoclip_jax.training import agreement, record
@@ -86,15 +86,15 @@ def test_identity_is_recipe_versions_and_code(tmp_path):
 
 
 def test_code_of_another_checkout_is_another_code(tmp_path, monkeypatch):
-    package = tmp_path / "protoclip_jax" / "training"
-    package.mkdir(parents=True)
+    package = tmp_path / "protoclip_jax"
+    package.mkdir()
     (package / "a.py").write_text("x = 1\n")
-    monkeypatch.setattr(record, "__file__", str(package / "record.py"))
-    first = record.code_hash()
+    monkeypatch.setattr(versions, "__file__", str(package / "versions.py"))
+    first = versions.code_hash()
     (package / "a.py").write_text("x = 2\n")
-    second = record.code_hash()
+    second = versions.code_hash()
     (package / "a.py").rename(package / "b.py")
-    assert len({first, second, record.code_hash()}) == 3
+    assert len({first, second, versions.code_hash()}) == 3
 
 
 def test_workdir_of_one_process_needs_no_marks(tmp_path):

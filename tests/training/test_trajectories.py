@@ -252,6 +252,7 @@ def test_float64_run_equals_the_reference(file, variant):
 
 
 # The float64 runs are the strict test.
+@pytest.mark.accelerator
 @pytest.mark.parametrize(
     ("file", "variant"),
     [
