@@ -1,6 +1,5 @@
 """The pairs of a run: source, teacher, and the order in which they reach the devices."""
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from protoclip_jax.data.tokenizer import Tokenizer
 from protoclip_jax.data.unreadable import UnreadableLog
 from protoclip_jax.data.walk import Section, Walk
 from protoclip_jax.distributed.rows import Rows, by_position
-from protoclip_jax.episodes.sampling import episode_rows
+from protoclip_jax.episodes.shared_order import EpisodeRows
 from protoclip_jax.storage.copies import local_copy
 from protoclip_jax.storage.retries import Unreachable
 from protoclip_jax.training.state import BATCH_AXES
@@ -83,13 +82,11 @@ class Input:
         reading = reader.Reading(
             source=self.source,
             tokenizer=self._tokenizer,
-            # A plain function of plain values, since worker processes get a copy.
-            rows_of_episode=functools.partial(
-                episode_rows,
+            rows_of_episode=EpisodeRows(
                 len(self.source),
                 config.episode.size,
-                seed=config.seed,
-                replacement=config.episode.replacement,
+                config.seed,
+                config.episode.replacement,
             ),
             size=config.episode.size,
             seed=config.seed,
