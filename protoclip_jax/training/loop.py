@@ -171,7 +171,7 @@ class Trainer:
         elif self.done:
             self.progress.say(f"Going on after step {self.done} of {config.total_steps}.")
         else:
-            self.reporter.source(self.input.source)
+            self.reporter.source(self.input.source, self.input.teacher)
             self.evaluate("untrained", 0)
         with self.requests, self.input.batches(first, steps) as self.batches:
             for episode in range(first, config.episode.count):

@@ -10,6 +10,7 @@ import numpy as np
 
 from protoclip_jax.config import Config
 from protoclip_jax.data.sources import PairSource
+from protoclip_jax.data.teacher import Teacher
 from protoclip_jax.episodes.kmeans import Clusters
 from protoclip_jax.storage.paths import AnyPath
 from protoclip_jax.training.compiled import peak_flops
@@ -131,11 +132,16 @@ class Reporter:
         """What an episode (0-based) is called."""
         return f"episode {episode + 1}/{self._config.episode.count}"
 
-    def source(self, source: PairSource) -> None:
+    def source(self, source: PairSource, teacher: Teacher | None) -> None:
         """Tells how many pairs there are, which rows of a list are none, and what looks wrong."""
         self._progress.say(f"{len(source):,} pairs of {source.name}.")
         for reason, dropped in getattr(source, "report", {}).items():
             self._progress.say(f"  left out, {reason}: {dropped}")
+        if teacher is not None and teacher.note is None:
+            self._progress.say(
+                f"  {teacher.path} says not which pairs it was made for: only its number of rows "
+                "could be checked"
+            )
         points = self._config.extracted / self._config.episode.prototypes
         if len(self._config.prototype_episodes) and points < FEW_POINTS:
             self._progress.say(

@@ -12,9 +12,9 @@ from protoclip_jax.data.emoji_text import embedded_directory
 from protoclip_jax.data.seen_files import SeenFiles, SourceChanged
 from protoclip_jax.data.sources import PairSource, open_source, where
 from protoclip_jax.data.teacher import open_teacher
+from protoclip_jax.data.teacher_note import TeacherNote, write_note
 from protoclip_jax.prepare.convert import ConvertSettings, convert
 from protoclip_jax.storage import paths
-from protoclip_jax.storage.copies import local_copy
 
 
 def assert_same(remote: PairSource, local: PairSource, rows) -> None:
@@ -145,6 +145,21 @@ def test_a_tar_that_is_written_again_under_a_run(bucket, tmp_path, monkeypatch, 
     for one in (late, copy, source):
         with pytest.raises(SourceChanged, match=r"00000.tar has changed under the run"):
             one.read(1)
+
+
+def test_a_teacher_and_its_note(bucket, tmp_path):
+    source = open_source(write_list(tmp_path / "list", 9))
+    np.save(tmp_path / "teacher.npy", np.zeros((9, 3), np.float32))
+    numbers = open_teacher(tmp_path / "teacher.npy", 9).fingerprint
+    note = TeacherNote(source.name, source.fingerprint, 9, "bert", 3, numbers)
+    write_note(tmp_path / "teacher.npy", note)
+    remote = bucket.put(tmp_path / "teacher.npy")
+    assert open_teacher(remote, 9, source).note is None
+    bucket.put(tmp_path / "teacher.npy.json")
+    assert open_teacher(remote, 9, source).note == note
+    other = open_source(write_list(tmp_path / "other", 10), limit=9)
+    with pytest.raises(ValueError, match=rf"{remote} was made for {source.name}"):
+        open_teacher(remote, 9, other)
 
 
 def test_a_teacher(bucket, tmp_path):
