@@ -189,6 +189,13 @@ class Reporter:
         if overhead:
             times += f"; overhead {numbers['share/overhead']:.0%} of training"
         self._progress.say(f"{self.title(episode)} {phase.name}: {losses} ({times})")
+        # With online assignment every pair takes its own label at the step.
+        other = numbers.get("labels/other_pair", 0)
+        if other and self._config.episode.online is None:
+            self._progress.say(
+                f"  {other:,.0f} pairs trained without a prototype: their position was another "
+                "pair's at extraction, because one of the two reads failed (see unreadable.tsv)"
+            )
         if numbers["share/input_wait"] > WAIT_WARNING:
             data = self._config.data
             how = f"data.workers={data.workers}" if data.workers else f"data.threads={data.threads}"
