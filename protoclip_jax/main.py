@@ -11,10 +11,10 @@ Several processes (a pod, a cluster) are one run: each starts the same command, 
 by the environment of Slurm, Open MPI or GKE's TPUs, by --distributed on a Cloud TPU slice, or by
 --coordinator, --num_processes and --process_id. The workdir must be one folder for all.
 
-Exit codes: 0 done; 1 the run cannot go on (not finite, no checkpoint can be written); 2 this
-cannot be run; 75 saved and left on SIGTERM or SIGINT, or a bucket gave no answer for minutes: start
-the same command again; 76 another process of the run was lost, or did not come: start the same
-command again; 130 interrupted at once.
+Exit codes: 0 done; 1 the run cannot go on (not finite, no checkpoint can be written, its data has
+changed or cannot be read); 2 this cannot be run; 75 saved and left on SIGTERM or SIGINT, or a
+bucket gave no answer for minutes: start the same command again; 76 another process of the run was
+lost, or did not come: start the same command again; 130 interrupted at once.
 """
 
 import os
@@ -35,6 +35,8 @@ from protoclip_jax.storage.home import at_home
 from protoclip_jax.suggestions import no_such_word
 
 LEFT = 75  # EX_TEMPFAIL: what a scheduler may start again
+# By name: their modules are imported late.
+CANNOT_GO_ON = ("CheckpointError", "SourceError", "SourceChanged")
 
 _CONFIG = flags.DEFINE_string("config", None, "A recipe, for example configs/quickstart.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run, or gs://BUCKET/FOLDER.")
@@ -133,7 +135,7 @@ def _told(error: BaseException) -> int | None:
             file=sys.stderr,
         )
         return LEFT
-    if isinstance(error, FloatingPointError) or name == "CheckpointError":
+    if isinstance(error, FloatingPointError) or name in CANNOT_GO_ON:
         print(f"protoclip_jax: {error}", file=sys.stderr)
         return 1
     if name == "Leaving":

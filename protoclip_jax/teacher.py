@@ -8,7 +8,8 @@ Of your own pairs, with any model of sentence-transformers or transformers that 
   python -m protoclip_jax.teacher pairs.tsv --encoder sentence-transformers:all-mpnet-base-v2 \\
       --out teacher.npy
 
-Killed and started again, it goes on where it was. The fitted matrix lies beside the result, as
+Killed and started again, it goes on where it was. Beside the result lie teacher.npy.json, which
+says what pairs it was made for (training refuses it for others), and the fitted matrix as
 teacher.pca.npz; --pca uses it for other captions.
 """
 
@@ -78,6 +79,7 @@ def make(options: argparse.Namespace) -> None:
     from protoclip_jax.data.sentence_encoders import open_encoder
     from protoclip_jax.data.teacher import open_teacher
     from protoclip_jax.data.teacher_maker import TeacherSettings, make_teacher, pca_path
+    from protoclip_jax.data.teacher_note import note_path
     from protoclip_jax.storage.copies import local_copy
     from protoclip_jax.storage.paths import local_only
 
@@ -87,11 +89,12 @@ def make(options: argparse.Namespace) -> None:
     given = load_pca(local_copy(options.pca)) if options.pca else None
     settings = TeacherSettings(options.encoder, options.dimensions, options.fit, options.dtype)
     pca = make_teacher(source, open_encoder(options.encoder), options.out, settings, pca=given)
-    teacher = open_teacher(options.out, len(source))
+    teacher = open_teacher(options.out, len(source), source)
     print(
         f"wrote {teacher.path}: {len(teacher)} rows of {teacher.width} numbers, "
         f"{pca.share_d.sum():.1%} of the variance of the captions that the PCA was fitted on"
     )
+    print(f"wrote {note_path(options.out)}: which pairs it was made for")
     if given is None:
         print(f"wrote {pca_path(options.out)}: the fitted matrix")
 

@@ -19,9 +19,10 @@ from collections.abc import Iterable
 
 from protoclip_jax.data.decoding import UnreadableImage
 from protoclip_jax.data.left_out import LeftOut
-from protoclip_jax.data.record_files import RecordFile, RecordFiles
+from protoclip_jax.data.record_files import RecordFile, RecordFiles, opened
+from protoclip_jax.data.seen_files import SeenFiles
 from protoclip_jax.storage import objects
-from protoclip_jax.storage.paths import absolute, is_remote
+from protoclip_jax.storage.paths import absolute
 
 FORMAT = "protoclip_jax pairs"
 VERSION = 1
@@ -32,6 +33,7 @@ SETTINGS = "convert.json"  # written first: what an unfinished set is made from
 WRITER_OPTIONS = "group_size:1,uncompressed"
 
 _HEAD = struct.Struct("<QI")
+_BLOCK = 64  # records read at a time to hash a shard
 
 
 def pack(row: int, caption: str, picture: bytes) -> bytes:
@@ -50,6 +52,27 @@ def unpack(record: bytes) -> tuple[int, str, bytes]:
 def shard_name(number: int, count: int) -> str:
     """File name of a shard."""
     return f"pairs-{number:05}-of-{count:05}.array_record"
+
+
+def digest_of(path: str) -> str:
+    """Hash of a shard's records, as its conversion noted it."""
+    reader, digest = opened(path), shard_digest()
+    count = reader.num_records()
+    for first in range(0, count, _BLOCK):
+        for record in reader.read(first, min(first + _BLOCK, count)):
+            add_to_digest(digest, record)
+    return digest.hexdigest()
+
+
+def shard_digest():
+    """An empty hash, for `add_to_digest`."""
+    return hashlib.blake2b(digest_size=16)
+
+
+def add_to_digest(digest, record: bytes) -> None:
+    """Takes in the next record of a shard."""
+    digest.update(len(record).to_bytes(8, "little"))
+    digest.update(record)
 
 
 def fingerprint(digests: Iterable[str]) -> str:
@@ -83,7 +106,11 @@ class ArrayRecordPairs:
         """
         self.name = os.fspath(folder)
         self.meta = _read_meta(self.name)
-        self._records = RecordFiles(self._files())
+        files = self._files()
+        seen = SeenFiles.now([file.path for file in files])
+        for file, shard in zip(files, self.meta["shards"], strict=True):
+            self._check_size(seen.size(file.path), shard)
+        self._records = RecordFiles(files, seen, digest_of)
         if not len(self):
             raise ValueError(f"{self.name} holds 0 pairs: no picture could be converted")
         self.fingerprint = self.meta["fingerprint"]
@@ -93,22 +120,18 @@ class ArrayRecordPairs:
         }
 
     def _files(self) -> list[RecordFile]:
-        """The shards, which have the sizes that they were written with."""
-        folder, shards = absolute(self.name), self.meta["shards"]
-        paths = [os.path.join(folder, shard["file"]) for shard in shards]
-        if is_remote(folder):
-            sizes = [found.size for found in objects.statuses(paths)]
-        else:
-            sizes = [os.path.getsize(path) for path in paths]
-        for shard, size in zip(shards, sizes, strict=True):
-            if size != shard["bytes"]:
-                raise ValueError(
-                    f"{self.name}: {shard['file']} has {size} bytes and was written with "
-                    f"{shard['bytes']}: copy it again"
-                )
+        folder = absolute(self.name)  # a worker may start in another folder
         return [
-            RecordFile(path, 0, shard["pairs"]) for path, shard in zip(paths, shards, strict=True)
+            RecordFile(os.path.join(folder, shard["file"]), 0, shard["pairs"], shard["digest"])
+            for shard in self.meta["shards"]
         ]
+
+    def _check_size(self, size: int, shard: dict) -> None:
+        if size != shard["bytes"]:
+            raise ValueError(
+                f"{self.name}: {shard['file']} has {size} bytes and was written with "
+                f"{shard['bytes']}: copy it again"
+            )
 
     def __len__(self) -> int:
         return len(self._records)
@@ -116,9 +139,10 @@ class ArrayRecordPairs:
     def read(self, row: int) -> tuple[bytes, str]:
         """The picture's file and the caption.
 
-          Raises:
-            UnreadableImage: the record is damaged, or its shard gone.
-        Unreachable: remote storage gave no answer for minutes.
+        Raises:
+          UnreadableImage: the record is damaged, or the disk fails.
+          SourceChanged: its shard is another one than at the start, or gone.
+          Unreachable: remote storage gave no answer for minutes.
         """
         _, caption, picture = unpack(self._record(row))
         return picture, caption

@@ -12,6 +12,7 @@ from protoclip_jax.data.decoding import (
     UnreadableImage,
 )
 from protoclip_jax.storage import objects
+from protoclip_jax.storage.disks import patient
 from protoclip_jax.storage.paths import is_remote
 from protoclip_jax.storage.retries import Unreachable
 
@@ -30,13 +31,7 @@ def read_picture(path: str) -> bytes:
     if is_remote(path):
         return _read_remote(path)
     try:
-        with open(path, "rb", buffering=0, opener=_open_without_waiting) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise UnreadableImage(NOT_A_FILE)
-            if status.st_size > MAX_BYTES:
-                raise UnreadableImage(TOO_LARGE, f"{status.st_size} bytes")
-            data = file.readall()
+        data = patient(lambda: _read_local(path))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UnreadableImage(MISSING) from error
     except IsADirectoryError as error:
@@ -46,6 +41,16 @@ def read_picture(path: str) -> bytes:
     if not data:
         raise UnreadableImage(EMPTY)
     return data
+
+
+def _read_local(path: str) -> bytes:
+    with open(path, "rb", buffering=0, opener=_open_without_waiting) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise UnreadableImage(NOT_A_FILE)
+        if status.st_size > MAX_BYTES:
+            raise UnreadableImage(TOO_LARGE, f"{status.st_size} bytes")
+        return file.readall()
 
 
 def _read_remote(path: str) -> bytes:

@@ -5,6 +5,9 @@ What a list is:
 - With the tab as separator, quotes are ordinary characters. With any other separator a line
   follows CSV's rules for quotes; a quoted field cannot span lines.
 - Relative paths start at the list's own folder, or at `image_root`.
+- Two lists are the same (have one fingerprint) if their lines below the header are equal, byte for
+  byte and in order, and the two columns and the separator are. Where the list lies and where its
+  relative paths start does not count, nor do the images themselves.
 
 A row that cannot be a pair is dropped and counted by reason before anything starts. Nothing else
 is left out: pairs + dropped rows = lines below the header.
@@ -12,9 +15,10 @@ is left out: pairs + dropped rows = lines below the header.
 
 import csv
 import dataclasses
+import functools
 import hashlib
-import mmap
 import os
+import weakref
 from collections.abc import Iterator
 
 import numpy as np
@@ -23,8 +27,10 @@ from jaxtyping import Int
 from protoclip_jax.data.captions import is_caption
 from protoclip_jax.data.decoding import NO_CAPTION
 from protoclip_jax.data.files import read_picture
+from protoclip_jax.data.seen_files import SeenFiles, unreachable
 from protoclip_jax.storage.copies import local_copy
-from protoclip_jax.storage.paths import absolute, full_path
+from protoclip_jax.storage.disks import patient
+from protoclip_jax.storage.paths import absolute, full_path, is_remote
 
 NO_PATH = "no path"
 EMPTY_LINE = "empty line"
@@ -53,8 +59,9 @@ class Dropped:
 class PairList:
     """The pairs of a list in its order; a `PairSource`.
 
-    Memory: a quarter of a byte a row and 8 bytes a dropped row; the file itself is mapped, so
-    processes share it. Of a remote list (gs://) a local copy is mapped.
+    Memory: a quarter of a byte a row and 8 bytes a dropped row; the lines are read from the file.
+    It is never mapped: a map of a file that is cut ends the process. Of a remote list (gs://) a
+    local copy is read.
 
     Attributes:
       name: the list's path.
@@ -75,6 +82,7 @@ class PairList:
 
         Raises:
           FileNotFoundError: there is no such list.
+          SourceChanged: it is being written.
           ValueError: it is not UTF-8, lacks a column, or holds no pair.
         """
         self.name = os.fspath(path)
@@ -83,22 +91,32 @@ class PairList:
         if len(separator) != 1 or separator in '"\r\n' or not separator.isascii():
             raise ValueError(f"separator {separator!r} must be one ASCII character such as '\\t'")
         self._separator = separator
-        self._map = _map(self._path)
-        columns, first = _header(self.name, self._map, separator, (image_column, caption_column))
+        # Nobody else writes the copy of a remote list.
+        self._seen = None if is_remote(self.name) else SeenFiles.now([self._path])
+        columns, self._head = _header(
+            self.name, self._file, separator, (image_column, caption_column)
+        )
         self._image, self._caption = columns.index(image_column), columns.index(caption_column)
         self._width = len(columns)
         self.report: dict[str, Dropped] = {}
-        self._scan(first)
+        self._scan()
+        if self._seen is not None:
+            self._seen.check(self._path, lambda: False)
         if not len(self):
             raise ValueError(f"{self.name} holds 0 pairs below its header{self._report_text()}")
 
-    def _scan(self, first: int) -> None:
-        digest = hashlib.blake2b(
-            repr((self._image, self._caption, self._separator)).encode(), digest_size=16
-        )
+    @functools.cached_property
+    def _file(self) -> int:
+        """The open file's descriptor; each process has its own."""
+        descriptor = patient(lambda: os.open(self._path, os.O_RDONLY))
+        weakref.finalize(self, os.close, descriptor)
+        return descriptor
+
+    def _scan(self) -> None:
+        digest = self._digest()
         self._starts, dropped = [], []
         lines = 0
-        for chunk, offset in _chunks(self._map, first):
+        for chunk, offset in _chunks(self._file, len(self._head)):
             digest.update(chunk)
             starts, ends = _lines(chunk)
             kept_starts = starts[-lines % _STRIDE :: _STRIDE]
@@ -110,12 +128,27 @@ class PairList:
                 if len(entry.lines) < _EXAMPLES:
                     entry.lines.append(lines + line + 2)
             lines += len(starts)
+            self._end = offset + len(chunk)
         self._starts = np.concatenate([np.zeros(0, np.int64), *self._starts])
         digest.update(np.array(dropped, np.int64).tobytes())  # other rules, other rows
         # Row r is line r + i for the i dropped lines before it: those with line - i <= r.
         self._shifted = np.array(dropped, np.int64) - np.arange(len(dropped))
         self._rows = lines - len(dropped)
         self.fingerprint = digest.hexdigest()
+
+    def _digest(self):
+        how = repr((self._image, self._caption, self._separator))
+        return hashlib.blake2b(how.encode(), digest_size=16)
+
+    def _same(self) -> bool:
+        """Whether the list under our path has the content that was scanned."""
+        digest = self._digest()
+        with open(self._path, "rb", buffering=0) as file:
+            if _read(file.fileno(), 0, len(self._head)) != self._head:
+                return False
+            for chunk, _ in _chunks(file.fileno(), len(self._head)):
+                digest.update(chunk)
+        return digest.hexdigest() == self.fingerprint
 
     def _faults(self, chunk, starts, ends) -> Iterator[tuple[int, str]]:
         """Bad lines of a chunk, in order, with the reason."""
@@ -166,11 +199,22 @@ class PairList:
         if not 0 <= row < self._rows:
             raise IndexError(f"row {row} of {self.name}, which has {self._rows}")
         line = row + int(np.searchsorted(self._shifted, row, side="right"))
-        at = int(self._starts[line // _STRIDE])
-        for _ in range(line % _STRIDE):
-            at = self._map.find(b"\n", at) + 1
-        end = self._map.find(b"\n", at)
-        return self._map[at : end if end >= 0 else len(self._map)]
+        block, at = divmod(line, _STRIDE)
+        last = block + 1 == len(self._starts)
+        end = self._end if last else int(self._starts[block + 1])
+        return self._read(int(self._starts[block]), end).split(b"\n", at + 1)[at]
+
+    def _read(self, begin: int, end: int) -> bytes:
+        """A part of the list as it was at the start."""
+        try:
+            data = _read(self._file, begin, end - begin)
+        except OSError as error:
+            if self._seen is not None:  # which tells a list that is gone
+                self._seen.check(self._path, self._same)
+            raise unreachable(self.name, error) from error
+        if self._seen is not None:
+            self._seen.check(self._path, self._same)
+        return data
 
     def cells(self, row: int) -> tuple[str, str]:
         """Full picture path and caption of a row."""
@@ -199,29 +243,24 @@ class PairList:
         return f" (dropped: {'; '.join(parts)})" if parts else ""
 
     def __getstate__(self):
-        return {key: value for key, value in self.__dict__.items() if key != "_map"}
-
-    def __setstate__(self, state):
-        self.__dict__.update(state)
-        self._map = _map(self._path)
+        return {key: value for key, value in self.__dict__.items() if key != "_file"}
 
 
-def _map(path: str) -> mmap.mmap:
-    with open(path, "rb") as file:
-        if not os.fstat(file.fileno()).st_size:
-            raise ValueError(f"{path} is empty: it holds 0 pairs")
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+def _read(file: int, begin: int, length: int) -> bytes:
+    return patient(lambda: os.pread(file, length, begin))
 
 
 def _header(
-    path: str, content: mmap.mmap, separator: str, wanted: tuple[str, str]
-) -> tuple[list[str], int]:
-    """Column names, and where the first row starts."""
-    _refuse_other_encodings(path, content[:4096])
-    end = content.find(b"\n")
-    end = len(content) if end < 0 else end
+    path: str, file: int, separator: str, wanted: tuple[str, str]
+) -> tuple[list[str], bytes]:
+    """Column names, and the line that names them."""
+    head = next(_chunks(file, 0), (b"", 0))[0]
+    if not head:
+        raise ValueError(f"{path} is empty: it holds 0 pairs")
+    _refuse_other_encodings(path, head[:4096])
+    head = head[: head.find(b"\n") + 1] or head
     try:
-        text = content[:end].removeprefix(_BOM).decode().strip("\r")
+        text = head.removesuffix(b"\n").removeprefix(_BOM).decode().strip("\r")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: line 1 is not UTF-8 (byte {error.start}): convert it") from error
     columns = [name.strip().strip('"') for name in text.split(separator)]
@@ -232,7 +271,7 @@ def _header(
             f"{wanted[0]!r} and {wanted[1]!r}, each once: set image_column and caption_column, or "
             f"separator{_other_separator(text, separator, wanted)}"
         )
-    return columns, min(end + 1, len(content))
+    return columns, head
 
 
 def _other_separator(header: str, separator: str, wanted: tuple[str, str]) -> str:
@@ -258,16 +297,22 @@ def _refuse_other_encodings(path: str, head: bytes) -> None:
         )
 
 
-def _chunks(content: mmap.mmap, first: int) -> Iterator[tuple[bytes, int]]:
+def _chunks(file: int, first: int) -> Iterator[tuple[bytes, int]]:
     """Runs of whole lines with their offset; the last may lack its line end."""
-    while first < len(content):
-        end = min(first + _CHUNK, len(content))
-        if end < len(content):
-            last = content.rfind(b"\n", first, end)
-            last = content.find(b"\n", end) if last < 0 else last
-            end = last + 1 if last >= 0 else len(content)
-        yield content[first:end], first
-        first = end
+    parts, at = [], first
+    size = os.fstat(file).st_size  # of a file that grows, what is there now
+    while block := _read(file, at, min(_CHUNK, max(0, size - at))):
+        at += len(block)
+        end = block.rfind(b"\n") + 1
+        if end:
+            whole, parts = b"".join([*parts, block[:end]]), [block[end:]]
+            del block  # memory is what is yielded
+            yield whole, first
+            first += len(whole)
+        else:
+            parts.append(block)
+    if any(parts):
+        yield b"".join(parts), first
 
 
 def _lines(chunk: bytes) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:

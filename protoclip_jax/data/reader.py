@@ -16,6 +16,7 @@ from PIL import Image
 from protoclip_jax.data.augmentation import Augmentation, training_crop
 from protoclip_jax.data.decoding import BROKEN, REASONS, UnreadableImage, evaluation_crop, load
 from protoclip_jax.data.kept import Keep, KeptPairs, Pair, opened
+from protoclip_jax.data.seen_files import SourceError
 from protoclip_jax.data.sources import PairSource, read_pair, where
 from protoclip_jax.data.walk import PASSES, Walk
 
@@ -166,7 +167,11 @@ class BatchReader:
     def _first_readable(
         self, episode: int, position: int, faults: list[Fault], kind: str | None = None
     ) -> tuple[Pair, UInt8[np.ndarray, "s s 3"] | None]:
-        """The first readable pair of a position's candidates, and the crop of a pass if wanted."""
+        """The first readable pair of a position's candidates, and the crop of a pass if wanted.
+
+        Raises:
+          SourceError: none of them is readable, or the source has changed.
+        """
         reading = self._reading
         row = int(self._rows_of(episode)[position])
         substitutes = None
@@ -180,7 +185,7 @@ class BatchReader:
             if substitutes is None:
                 substitutes = np.random.default_rng([reading.seed, episode, _SUBSTITUTE, position])
             row = int(substitutes.integers(len(reading.source)))
-        raise ValueError(
+        raise SourceError(
             f"{reading.source.name}: {TRIES} pairs in a row cannot be read, the last is {last}: "
             "check that the pictures are still there"
         )

@@ -6,17 +6,20 @@ every host would copy the whole set before its first episode was over.
 """
 
 import bisect
+import errno
 import itertools
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
 
 from array_record.python import array_record_module
 
 from protoclip_jax.data.decoding import BROKEN, MISSING, NO_ACCESS, UnreadableImage
+from protoclip_jax.data.seen_files import SeenFiles
 from protoclip_jax.storage import objects
+from protoclip_jax.storage.disks import PASSING, patient
 from protoclip_jax.storage.paths import is_remote, scheme
 from protoclip_jax.storage.retries import Unreachable
 
@@ -31,13 +34,22 @@ _OPEN_FILES = 500
 # Opening a remote file costs requests for its index of 8 bytes a record, so all stay open.
 _OPEN_REMOTE_FILES = 100_000
 
+# The reader's way to say that the system refused: "pread() failed: Input/output error; reading".
+_SYSTEM = "() failed: "
+
+T = TypeVar("T")
+
 
 class RecordFile(NamedTuple):
-    """A file, and which of its records are used: `count` from `first` on."""
+    """A file, which of its records are used (`count` from `first` on), and a hash of its content.
+
+    `digest` is what the `digest_of` of `RecordFiles` gave for it.
+    """
 
     path: str
     first: int
     count: int
+    digest: str
 
 
 class RecordFiles:
@@ -48,9 +60,16 @@ class RecordFiles:
     record. Safe for threads. Pickles without its open files.
     """
 
-    def __init__(self, files: Sequence[RecordFile]):
-        """Args:
+    def __init__(
+        self, files: Sequence[RecordFile], seen: SeenFiles, digest_of: Callable[[str], str]
+    ):
+        """Opens nothing yet.
+
+        Args:
           files: local, or in gs://.
+          seen: what they were at the start of the run.
+          digest_of: hashes the file of a path, where its time alone has changed; a plain function,
+            since workers get it too. May raise ValueError for a damaged file.
 
         Raises:
           ValueError: they are elsewhere.
@@ -61,7 +80,7 @@ class RecordFiles:
                     f"{file.path}: ArrayRecord files are read from gs:// or local folders only: "
                     "copy them"
                 )
-        self._files = list(files)
+        self._files, self._seen, self._digest_of = list(files), seen, digest_of
         self._ends = list(itertools.accumulate(file.count for file in files))
         self._start()
 
@@ -70,10 +89,10 @@ class RecordFiles:
         self._lock = threading.Lock()
 
     def __getstate__(self):
-        return self._files, self._ends
+        return self._files, self._seen, self._digest_of, self._ends
 
     def __setstate__(self, state):
-        self._files, self._ends = state
+        self._files, self._seen, self._digest_of, self._ends = state
         self._start()
 
     def __len__(self) -> int:
@@ -83,23 +102,38 @@ class RecordFiles:
         """A record's bytes.
 
         Raises:
-          UnreadableImage: it is damaged, or its file gone.
+          UnreadableImage: it is damaged, or the disk fails.
+          SourceChanged: its file is another one than at the start, or gone.
           Unreachable: a remote file could not be reached for minutes.
         """
         number = bisect.bisect_right(self._ends, row)
         file = self._files[number]
         position = file.first + row - (self._ends[number - 1] if number else 0)
-        reader = self._reader(number)
         try:
-            return reader.read([position])[0]
+            record = patient(lambda: _read(self._reader(number), file.path, position))
+        except OSError as error:
+            self._check(file, at_once=True)
+            raise UnreadableImage(NO_ACCESS, f"{file.path}: {error}") from error
         except (RuntimeError, ValueError, IndexError) as error:
+            self._check(file, at_once=True)
             raise _fault(file.path, error) from error
+        self._check(file)
+        return record
+
+    def _check(self, file: RecordFile, at_once: bool = False) -> None:
+        self._seen.check(file.path, lambda: self._same(file), at_once=at_once)
+
+    def _same(self, file: RecordFile) -> bool:
+        try:
+            return self._digest_of(file.path) == file.digest
+        except (RuntimeError, ValueError):
+            return False
 
     def _reader(self, number: int):
         """An open file; threads that still read one which is put away keep it open."""
         with self._lock:
             if number not in self._open:
-                self._open[number] = _opened(self._files[number].path)
+                self._open[number] = opened(self._files[number].path)
                 room = max(1, min(_OPEN_FILES, _OPEN_RECORDS * len(self._ends) // len(self)))
                 if is_remote(self._files[number].path):
                     room = _OPEN_REMOTE_FILES
@@ -109,19 +143,42 @@ class RecordFiles:
             return self._open[number]
 
 
-def _opened(path: str):
-    if not is_remote(path) and not os.path.exists(path):  # taken for an empty file
-        raise UnreadableImage(MISSING, path)
-    reader = array_record_module.ArrayRecordReader(
-        path, options=_OPTIONS, file_reader_buffer_size=_BUFFER
+def opened(path: str):
+    """A reader of a file.
+
+    Raises:
+      OSError: it is not there, or the disk fails.
+      RuntimeError: it is damaged; a remote one: any fault.
+    """
+    if not is_remote(path):
+        os.stat(path)  # the reader would take a missing file for an empty one
+    reader = _told(
+        path,
+        lambda: array_record_module.ArrayRecordReader(
+            path, options=_OPTIONS, file_reader_buffer_size=_BUFFER
+        ),
     )
     if not reader.ok():
-        try:
-            reader.read([0])
-        except (RuntimeError, ValueError, IndexError) as error:
-            raise _fault(path, error) from error
-        raise UnreadableImage(BROKEN, path)
+        _told(path, lambda: reader.read([0]))
+        raise RuntimeError(f"{path} cannot be opened")
     return reader
+
+
+def _read(reader, path: str, position: int) -> bytes:
+    return _told(path, lambda: reader.read([position])[0])
+
+
+def _told(path: str, action: Callable[[], T]) -> T:
+    """What a reader does; where the system refused a local read, an OSError as elsewhere."""
+    try:
+        return action()
+    except RuntimeError as error:
+        what = str(error).strip().splitlines()[0]
+        if is_remote(path) or _SYSTEM not in what:
+            raise
+        cause = what.partition(_SYSTEM)[2].partition(";")[0]
+        codes = [code for code in PASSING if os.strerror(code) == cause]
+        raise OSError(codes[0] if codes else errno.EPERM, what) from error
 
 
 def _fault(path: str, error: Exception) -> UnreadableImage | Unreachable | ValueError:

@@ -21,7 +21,7 @@ class PairSource(Protocol):
 
     Attributes:
       name: what to call it in messages.
-      fingerprint: equal only for the same pairs in the same order.
+      fingerprint: equal only for the same pairs in the same order, wherever they lie.
     """
 
     name: str

@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import mmap
 import os
 import tempfile
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from protoclip_jax.data.captions import is_caption
 from protoclip_jax.data.decoding import NO_CAPTION
 from protoclip_jax.data.files import MAX_BYTES
 from protoclip_jax.data.left_out import LeftOut
+from protoclip_jax.data.seen_files import State, states_of
 from protoclip_jax.data.tar_members import BLOCK, Read, members
 from protoclip_jax.storage import objects
 from protoclip_jax.storage.cache import cache_folders, writable
@@ -51,6 +51,8 @@ class TarIndex:
       ends: rows up to the end of each tar.
       fingerprint: hash of names, sizes and captions, in order.
       report: samples left out, by reason.
+      states: what each tar was when it was looked at.
+      digests: of each tar, see `digest_of`.
     """
 
     path: str
@@ -58,6 +60,8 @@ class TarIndex:
     ends: Int[np.ndarray, " tars"]
     fingerprint: str
     report: dict[str, LeftOut]
+    states: list[State]
+    digests: list[str]
 
 
 def tar_index(tars: list[str]) -> TarIndex:
@@ -69,28 +73,29 @@ def tar_index(tars: list[str]) -> TarIndex:
       FileNotFoundError: a tar is missing.
       ValueError: a tar is cut short, compressed or none; or there are no pairs.
     """
-    key = hashlib.blake2b(f"{_VERSION} {_state(tars)}".encode(), digest_size=12).hexdigest()
+    states = states_of(tars)
+    names = tars if is_remote(tars[0]) else [os.path.basename(tar) for tar in tars]
+    told = [(name, *state) for name, state in zip(names, states, strict=True)]
+    key = hashlib.blake2b(f"{_VERSION} {told}".encode(), digest_size=12).hexdigest()
     folders = _folders(tars[0])
     for folder in folders:
         if (folder / f"{key}.json").exists():
-            return _load(folder / key)
+            return _load(folder / key, states)
     for folder in folders:
         if writable(folder):
             _make(tars, folder / key)
-            return _load(folder / key)
+            return _load(folder / key, states)
     raise ValueError(f"no folder for the index of {tars[0]} can be written: {folders}")
 
 
-def _state(tars: list[str]) -> list[tuple]:
-    """What changes when a tar does."""
-    if is_remote(tars[0]):
-        found = objects.statuses(tars)
-        return [(tar, one.size, one.version) for tar, one in zip(tars, found, strict=True)]
-    found = map(os.stat, tars)
-    return [
-        (os.path.basename(tar), one.st_size, one.st_mtime_ns)
-        for tar, one in zip(tars, found, strict=True)
-    ]
+def digest_of(tar: str) -> str:
+    """Hash of a tar's pairs: names, captions, and where pictures and captions lie.
+
+    Raises:
+      ValueError: it is no tar, or cut short.
+      OSError: it cannot be read.
+    """
+    return _indexed(tar, hashlib.blake2b(), {})[1]
 
 
 def _folders(tar: str) -> list[Path]:
@@ -98,26 +103,33 @@ def _folders(tar: str) -> list[Path]:
     return other if is_remote(tar) else [Path(tar).parent / _FOLDER, *other]
 
 
-def _load(stem: Path) -> TarIndex:
+def _load(stem: Path, states: list[State]) -> TarIndex:
     notes = json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))
     path = str(stem.with_suffix(".npy"))
     report = {reason: LeftOut(**entry) for reason, entry in notes["report"].items()}
     return TarIndex(
-        path, np.load(path, mmap_mode="r"), np.array(notes["ends"]), notes["fingerprint"], report
+        path,
+        np.load(path, mmap_mode="r"),
+        np.array(notes["ends"]),
+        notes["fingerprint"],
+        report,
+        states,
+        notes["digests"],
     )
 
 
 def _make(tars: list[str], stem: Path) -> None:
     """Writes the entries, then the notes that say that they are whole."""
     digest = hashlib.blake2b(digest_size=16)
-    ends, report = [], {}
+    ends, digests, report = [], [], {}
     with (
         tempfile.TemporaryFile(dir=stem.parent) as raw,
         tqdm(tars, desc="index", unit="tar", disable=len(tars) < 8) as bar,
     ):
         rows = 0
         for tar in bar:
-            entries = _entries(tar, digest, report)
+            entries, own = _indexed(tar, digest, report)
+            digests.append(own)
             raw.write(entries.tobytes())
             rows += len(entries)
             ends.append(rows)
@@ -137,39 +149,40 @@ def _make(tars: list[str], stem: Path) -> None:
     notes = {
         "ends": ends,
         "fingerprint": digest.hexdigest(),
+        "digests": digests,
         "report": {reason: dataclasses.asdict(left) for reason, left in report.items()},
     }
     Path(part).write_text(json.dumps(notes), encoding="utf-8")
     os.replace(part, stem.with_suffix(".json"))
 
 
-def _entries(tar: str, digest, report: dict[str, LeftOut]) -> Shaped[np.ndarray, " n"]:
-    """The pairs of one tar."""
-    entries = []
+def _indexed(tar: str, digest, report: dict[str, LeftOut]) -> tuple[Shaped[np.ndarray, " n"], str]:
+    """The pairs of one tar, and the hash of them alone; `digest` is that of all tars."""
+    entries, own = [], hashlib.blake2b(digest_size=16)
     with _reader(tar) as read:
         for key, files in _samples(tar, read).items():
             entry, caption = _entry(read, files)
             if isinstance(entry, str):
                 report.setdefault(entry, LeftOut()).add(f"{os.path.basename(tar)}: {key}")
                 continue
-            digest.update(f"{key}\0{entry[1]}\0{caption}\0".encode(errors="surrogatepass"))
+            pair = f"{key}\0{entry[1]}\0{caption}\0".encode(errors="surrogatepass")
+            digest.update(pair)
+            own.update(pair)
             entries.append(entry)
-    return np.array(entries, ENTRY)
+    found = np.array(entries, ENTRY)
+    own.update(found.tobytes())
+    return found, own.hexdigest()
 
 
 @contextlib.contextmanager
 def _reader(tar: str) -> Iterator[Read]:
-    """Reads parts of a tar; a local one is mapped, which costs no system call a member."""
+    """Reads parts of a tar. A local one is not mapped: if it is cut, a map ends the process."""
     if is_remote(tar):
         yield objects.Windows(tar)
-    elif os.path.getsize(tar) == 0:
-        yield lambda start, length: b""
     else:
-        with (
-            open(tar, "rb") as file,
-            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
-        ):
-            yield lambda start, length: content[start : start + length]
+        with open(tar, "rb", buffering=0) as file:
+            descriptor = file.fileno()
+            yield lambda start, length: os.pread(descriptor, length, start)
 
 
 def _samples(tar: str, read: Read) -> dict[str, list[tuple[str, int, int]]]:

@@ -7,10 +7,12 @@ import re
 
 import numpy as np
 
-from protoclip_jax.data.decoding import MISSING, NO_ACCESS, TRUNCATED, UnreadableImage
-from protoclip_jax.data.tar_index import caption_of, tar_index
+from protoclip_jax.data.decoding import NO_ACCESS, TRUNCATED, UnreadableImage
+from protoclip_jax.data.seen_files import SeenFiles
+from protoclip_jax.data.tar_index import caption_of, digest_of, tar_index
 from protoclip_jax.data.tar_members import BLOCK
 from protoclip_jax.storage import objects
+from protoclip_jax.storage.disks import patient
 from protoclip_jax.storage.paths import absolute, is_remote
 from protoclip_jax.storage.retries import Unreachable
 
@@ -81,6 +83,8 @@ class TarPairs:
             raise ValueError(f"{spec} names no .tar")
         index = tar_index(self._tars)
         self._path, self._entries, self._ends = index.path, index.entries, index.ends
+        self._digests = dict(zip(self._tars, index.digests, strict=True))
+        self._seen = SeenFiles(dict(zip(self._tars, index.states, strict=True)))
         self.fingerprint, self.report = index.fingerprint, index.report
 
     def __getstate__(self):
@@ -102,12 +106,13 @@ class TarPairs:
     def read(self, row: int) -> tuple[bytes, str]:
         """The picture's file and the caption.
 
-          Raises:
-            UnreadableImage: the tar is gone or has become shorter.
-        Unreachable: remote storage gave no answer for minutes.
+        Raises:
+          UnreadableImage: the tar cannot be read.
+          SourceChanged: it is another one than at the start, or gone.
+          Unreachable: remote storage gave no answer for minutes.
         """
         tar, entry = self._place(row)
-        picture, text = _read(
+        picture, text = self._read(
             tar,
             (int(entry["picture"]) * BLOCK, int(entry["size"])),
             (int(entry["caption"]) * BLOCK, int(entry["length"])),
@@ -117,42 +122,52 @@ class TarPairs:
     def caption(self, row: int) -> str:
         """The caption alone."""
         tar, entry = self._place(row)
-        (text,) = _read(tar, (int(entry["caption"]) * BLOCK, int(entry["length"])))
+        (text,) = self._read(tar, (int(entry["caption"]) * BLOCK, int(entry["length"])))
         return caption_of(text, bool(entry["json"]))
 
     def where(self, row: int) -> str:
         """The tar and the picture's name in it, as far as its header tells."""
         tar, entry = self._place(row)
         try:
-            (header,) = _read(tar, ((int(entry["picture"]) - 1) * BLOCK, BLOCK))
+            (header,) = self._read(tar, ((int(entry["picture"]) - 1) * BLOCK, BLOCK))
         except UnreadableImage:
             return f"{tar} row {row}"
         return f"{tar}/{header[:100].rstrip(bytes(1)).decode(errors='replace')}"
 
+    def _read(self, tar: str, *ranges: tuple[int, int]) -> list[bytes]:
+        """Ranges (start, length) of a tar, as it was at the start."""
+        try:
+            found = _read_remote(tar, ranges) if is_remote(tar) else _read_local(tar, ranges)
+        except Unreachable:
+            raise
+        except OSError as error:
+            self._check(tar, at_once=True)
+            raise UnreadableImage(NO_ACCESS, str(error)) from error
+        short = [len(data) for data in found] != [length for _, length in ranges]
+        self._check(tar, at_once=short)
+        if short:
+            raise UnreadableImage(TRUNCATED, f"{tar} has become shorter")
+        return found
 
-def _read(tar: str, *ranges: tuple[int, int]) -> list[bytes]:
-    """Ranges (start, length) of a tar."""
+    def _check(self, tar: str, at_once: bool) -> None:
+        self._seen.check(tar, lambda: _digest(tar) == self._digests[tar], at_once=at_once)
+
+
+def _digest(tar: str) -> str | None:
     try:
-        found = (_read_remote if is_remote(tar) else _read_local)(tar, ranges)
-    except FileNotFoundError as error:
-        raise UnreadableImage(MISSING, tar) from error
-    except Unreachable:
-        raise
-    except OSError as error:
-        raise UnreadableImage(NO_ACCESS, str(error)) from error
-    if [len(data) for data in found] != [length for _, length in ranges]:
-        raise UnreadableImage(TRUNCATED, f"{tar} has become shorter")
-    return found
+        return digest_of(tar)
+    except ValueError:
+        return None
 
 
 def _read_local(tar: str, ranges: tuple[tuple[int, int], ...]) -> list[bytes]:
+    return patient(lambda: _parts(tar, ranges))
+
+
+def _parts(tar: str, ranges: tuple[tuple[int, int], ...]) -> list[bytes]:
     # Opened each time: cheaper than a picture by far.
     with open(tar, "rb", buffering=0) as file:
-        found = []
-        for start, length in ranges:
-            file.seek(start)
-            found.append(file.read(length))
-    return found
+        return [os.pread(file.fileno(), length, start) for start, length in ranges]
 
 
 def _read_remote(tar: str, ranges: tuple[tuple[int, int], ...]) -> list[bytes]:

@@ -1,17 +1,19 @@
 """Teacher features: one row of numbers a pair, made outside training and only ever read here."""
 
 import hashlib
-import itertools
-from collections.abc import Iterator
+import os
 from importlib import resources
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Int
 
-# Bytes of the file looked at in one go. A map is given back after each, so that a process holds
-# this much of the file at most, however long it is.
-_BLOCK = 2**26
+from protoclip_jax.data.npy_table import NpyTable, open_table
+from protoclip_jax.data.seen_files import SeenFiles, unreachable
+from protoclip_jax.data.sources import PairSource
+from protoclip_jax.data.teacher_note import TeacherNote, read_note
+from protoclip_jax.storage.copies import local_copy
+from protoclip_jax.storage.paths import is_remote
 
 
 def embedded_teacher(split: str = "train") -> Path:
@@ -33,100 +35,108 @@ class Teacher:
     """Features that a checked file holds, read a few rows at a time.
 
     Attributes:
-      path: the file.
+      path: the file, local or remote.
       width: numbers in a row.
       fingerprint: rows, width, and a hash of all the file's numbers in their order.
+      note: where they come from; None where nothing but the number of rows could be checked.
     """
 
-    def __init__(self, path: str | Path, count: int, width: int, fingerprint: str):
-        self.path = Path(path)
-        self.width = width
+    def __init__(
+        self,
+        path: str,
+        table: NpyTable,
+        seen: SeenFiles | None,
+        fingerprint: str,
+        note: TeacherNote | None,
+    ):
+        self.path = path
+        self.width = table.width
         self.fingerprint = fingerprint
-        self._count = count
+        self.note = note
+        self._table, self._seen = table, seen
 
     def __len__(self) -> int:
-        return self._count
+        return self._table.count
 
     def rows(self, indices: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n d"]:
         """Features of these rows in this order, float32.
 
         Raises:
           IndexError: a row outside 0 .. len - 1.
+          SourceError: the file has changed since it was checked, or cannot be read.
         """
         if len(indices) and not 0 <= indices.min() <= indices.max() < len(self):
             outside = indices[(indices < 0) | (indices >= len(self))][0]
             raise IndexError(f"row {outside} of {self.path}, which has {len(self)}")
-        features_nd = np.empty((len(indices), self.width), np.float32)
-        # In the file's order, so that a block of rows lies in one stretch of it.
+        # In the file's order, so that it is read in one direction.
         order = np.argsort(indices, kind="stable")
-        step = _rows_in_a_block(_map(self.path))
-        sorted_rows = indices[order]
-        edges = np.searchsorted(sorted_rows, np.arange(0, len(self) + step, step))
-        for first, last in itertools.pairwise(edges):
-            if first < last:
-                features_nd[order[first:last]] = _map(self.path)[sorted_rows[first:last]]
+        features_nd = np.empty((len(indices), self.width), np.float32)
+        try:
+            features_nd[order] = self._table.rows(indices[order])
+        except OSError as error:
+            self._check()
+            raise unreachable(self._table.path, error) from error
+        self._check()
         return features_nd
 
+    def _check(self) -> None:
+        if self._seen is not None:
+            self._seen.check(self._table.path, self._same)
 
-def open_teacher(path: str | Path, rows: int) -> Teacher:
+    def _same(self) -> bool:
+        try:
+            return _looked_through(open_table(self._table.path, len(self)))[0] == self.fingerprint
+        except ValueError:
+            return False
+
+
+def open_teacher(path: str | Path, rows: int, source: PairSource | None = None) -> Teacher:
     """Checks the whole file, block by block, before training starts.
 
     Args:
-      path: a .npy file of `rows` rows in the data set's order; float16, float32 or float64.
+      path: a .npy file of `rows` rows in the data set's order; float16, float32 or float64. Of a
+        remote one a local copy is read.
       rows: pairs in the data set.
+      source: these pairs, to compare with those that the file's note names.
 
     Raises:
       FileNotFoundError: there is no such file.
       ValueError: not a .npy file, an object array (never loaded: it can run code), not a table of
-        floating-point numbers, another number of rows, or numbers that are not finite.
+        floating-point numbers, another number of rows, numbers that are not finite, or a note of
+        another file or source.
     """
-    features = _map(path)
-    if features.ndim != 2 or features.dtype.kind != "f" or not features.shape[1]:
+    local = local_copy(path)
+    # Nobody else writes the copy of a remote file.
+    seen = None if is_remote(path) else SeenFiles.now([local])
+    table = open_table(local, rows)
+    if table.count != rows:
         raise ValueError(
-            f"{path} holds {features.dtype} of shape {features.shape}: wanted floating-point "
-            f"numbers of shape ({rows}, width), one row a pair"
+            f"{path} has {table.count} rows and the data set {rows} pairs: make it again from this "
+            "very data set, one row a pair"
         )
-    count, width = features.shape
-    if count != rows:
+    fingerprint, bad, first_bad = _looked_through(table)
+    if seen is not None:
+        seen.check(local, lambda: False)
+    if bad:
         raise ValueError(
-            f"{path} has {count} rows and the data set {rows} pairs: make it again from this very "
-            "data set, one row a pair"
+            f"{path} has {bad} rows with numbers that are not finite, the first is row "
+            f"{first_bad} (counted from 0): make those rows again"
         )
+    note = read_note(path)
+    if note is not None:
+        note.check(path, fingerprint, source)
+    return Teacher(os.fspath(path), table, seen, fingerprint, note)
+
+
+def _looked_through(table: NpyTable) -> tuple[str, int, int | None]:
+    """Fingerprint of a table; and how many rows are not finite, and the first of them."""
     digest, bad, first_bad = hashlib.blake2b(digest_size=16), 0, None
-    for first, block_nd in _blocks(path):
+    for first, block_nd in table.blocks():
         with np.errstate(over="ignore"):
             finite_n = np.isfinite(block_nd.astype(np.float32)).all(axis=1)
         if not finite_n.all():
             first_bad = first + int(np.argmin(finite_n)) if first_bad is None else first_bad
             bad += int((~finite_n).sum())
         digest.update(np.ascontiguousarray(block_nd))
-    if bad:
-        raise ValueError(
-            f"{path} has {bad} rows with numbers that are not finite, the first is row "
-            f"{first_bad} (counted from 0): make those rows again"
-        )
-    return Teacher(path, count, width, f"{count}x{width}-{features.dtype}-{digest.hexdigest()}")
-
-
-def _map(path: str | Path) -> np.ndarray:
-    """The file's array, mapped and not read. It is unmapped when the last view of it goes."""
-    try:
-        return np.lib.format.open_memmap(path, mode="r")
-    except ValueError as error:
-        if "Python objects" in str(error):
-            raise ValueError(
-                f"{path} is an object array, which loading could run code from: save a plain "
-                "array of float32 instead"
-            ) from None
-        raise ValueError(f"{path} is not a .npy file that can be mapped ({error})") from None
-
-
-def _rows_in_a_block(features: np.ndarray) -> int:
-    return max(1, _BLOCK // (features.shape[1] * features.itemsize))
-
-
-def _blocks(path: str | Path) -> Iterator[tuple[int, np.ndarray]]:
-    """The file's rows from first to last, some at a time, with the first one's number."""
-    count, step = len(_map(path)), _rows_in_a_block(_map(path))
-    for first in range(0, count, step):
-        yield first, _map(path)[first : first + step]
+    fingerprint = f"{table.count}x{table.width}-{table.dtype}-{digest.hexdigest()}"
+    return fingerprint, bad, first_bad

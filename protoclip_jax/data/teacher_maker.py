@@ -13,6 +13,8 @@ from tqdm import tqdm
 from protoclip_jax.data.pca import PCA, fit_pca
 from protoclip_jax.data.sentence_encoders import SentenceEncoder
 from protoclip_jax.data.sources import PairSource
+from protoclip_jax.data.teacher import open_teacher
+from protoclip_jax.data.teacher_note import TeacherNote, write_note
 
 _CHUNK = 1024  # captions between two notes of how far the work has come
 
@@ -48,7 +50,7 @@ def make_teacher(
     pca: PCA | None = None,
     progress: bool = True,
 ) -> PCA:
-    """Writes one row of features a pair to `out`, and the fitted PCA beside it.
+    """Writes one row of features a pair to `out`; beside it its note and the fitted PCA.
 
     Memory grows by a chunk of captions; the rows that the PCA is fitted on lie in a file. Killed
     and started again, it goes on after the last full chunk; its notes are `out`.progress.json
@@ -84,9 +86,23 @@ def make_teacher(
         used = work.reduced(bar)
     if pca is None:
         used.save(pca_path(out))
+    # The note first: a kill in between leaves a note without a file, and not the other way round.
+    write_note(out, _note(source, work.result_path, settings))
     os.replace(work.result_path, out)
     work.clear()
     return used
+
+
+def _note(source: PairSource, path: Path, settings: TeacherSettings) -> TeacherNote:
+    made = open_teacher(path, len(source))
+    return TeacherNote(
+        source=source.name,
+        source_fingerprint=source.fingerprint,
+        pairs=len(source),
+        encoder=settings.encoder,
+        dimensions=made.width,
+        numbers=made.fingerprint,
+    )
 
 
 class _Work:
@@ -112,7 +128,8 @@ class _Work:
         if self._notes_path.exists():
             stored = json.loads(self._notes_path.read_text())
             for key, value in identity.items():
-                if stored["made from"].get(key) != value:
+                # Pairs that moved are the same pairs: their fingerprint tells.
+                if key != "source" and stored["made from"].get(key) != value:
                     raise ValueError(
                         f"{self._notes_path} is of a run with {key} "
                         f"{stored['made from'].get(key)!r}, and this one has {value!r}: finish "

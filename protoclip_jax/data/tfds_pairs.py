@@ -3,25 +3,24 @@
 ArrayRecord files need no TensorFlow. TFRecord files are read where the user installed it.
 """
 
-import bisect
-import contextlib
 import functools
 import hashlib
 import importlib.util
 import os
-import struct
-from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int
 
 from protoclip_jax.data.decoding import BROKEN, EMPTY, UnreadableImage
 from protoclip_jax.data.record_files import RecordFile, RecordFiles
+from protoclip_jax.data.seen_files import SeenFiles
+from protoclip_jax.data.tf_records import TfRecords
 from protoclip_jax.storage import objects
 from protoclip_jax.storage.paths import absolute, is_remote
 
 PREFIX = "tfds:"
 _FOOTER = 65536  # bytes at a file's end that enter the fingerprint: it indexes the whole file
+_DESCRIPTION = ("dataset_info.json", "features.json")
 
 
 def is_tfds(spec: str) -> bool:
@@ -37,11 +36,12 @@ def is_tfds(spec: str) -> bool:
 class TfdsPairs:
     """One split of a set, in its files' order; a `PairSource`.
 
-    Pickles as its names; each process opens the files at its first read.
+    Pickles as its names and what its files were; each process opens them at its first read.
 
     Attributes:
       name: set and split.
       split: a split, or a slice of one in TFDS's notation, such as train[:90%].
+      fingerprint: hash of the files' names, sizes and ends, of what is used of them, and how.
     """
 
     def __init__(
@@ -61,21 +61,26 @@ class TfdsPairs:
           text_feature: name of the caption's; where it holds several texts, the first is used.
 
         Raises:
+          FileNotFoundError: a file of the split is missing.
           ValueError: no such set, split or feature, not prepared, or in a format that cannot be
             read here.
         """
         self._spec = spec if spec.startswith(PREFIX) else absolute(spec)
         self.name, self.split = f"{spec} {split}", split
         self._image, self._text = image_feature, text_feature
+        self._description: dict[str, str] = {}
         self._check()
 
     def __getstate__(self):
-        return {key: self.__dict__[key] for key in ("_spec", "name", "split", "_image", "_text")}
+        opened = ("_builder", "_features", "_records")
+        return {key: value for key, value in self.__dict__.items() if key not in opened}
 
     @functools.cached_property
     def _builder(self):
         import tensorflow_datasets as tfds
 
+        for path, digest in self._description.items():  # known to the copies of workers
+            self._seen.check(path, lambda path=path, digest=digest: _content(path) == digest)
         if not self._spec.startswith(PREFIX):
             return tfds.builder_from_directory(self._spec)
         name = self._spec.removeprefix(PREFIX)
@@ -111,6 +116,7 @@ class TfdsPairs:
                 )
         if "/" in self._image:
             raise ValueError(f"{self.name}: image_feature {self._image!r} is part of another")
+        self._look()
         if not len(self):
             raise ValueError(f"{self.name} holds 0 pairs")
 
@@ -136,8 +142,7 @@ class TfdsPairs:
         form = self._builder.info.file_format.value
         if form == "array_record":
             # Not as_data_source, which keeps every file's index in memory.
-            files = [(file.filename, file.skip, file.take) for file in self._files()]
-            return RecordFiles([RecordFile(os.fspath(path), *range_) for path, *range_ in files])
+            return RecordFiles(self._files, self._seen, _footer)
         if form != "tfrecord":
             raise ValueError(f"{self.name} is stored as {form}, wanted array_record")
         if importlib.util.find_spec("tensorflow") is None:
@@ -145,10 +150,27 @@ class TfdsPairs:
                 f"{self.name} is stored as TFRecord, which needs TensorFlow: pip install "
                 "tensorflow, or build the set with --file_format=array_record"
             )
-        return TfRecords(self._files())
+        return TfRecords(self._files, self._seen, _footer)
 
-    def _files(self) -> list:
-        return self._builder.info.splits[self.split].file_instructions
+    def _look(self) -> None:
+        """Notes what the files are: workers open them later, and must find the same."""
+        used = self._builder.info.splits[self.split].file_instructions
+        paths = [os.fspath(file.filename) for file in used]
+        folder = os.fspath(self._builder.data_dir)
+        described = [os.path.join(folder, name) for name in _DESCRIPTION]
+        described = [path for path in described if objects.is_file(path)]
+        self._seen = SeenFiles.now([*paths, *described])
+        self._description = {path: _content(path) for path in described}
+        digest = hashlib.blake2b(
+            repr((self.split, self._image, self._text)).encode(), digest_size=16
+        )
+        self._files = []
+        for file, path in zip(used, paths, strict=True):
+            size, end = _size_and_end(path)
+            digest.update(repr((os.path.basename(path), size, file.skip, file.take)).encode())
+            digest.update(end)
+            self._files.append(RecordFile(path, file.skip, file.take, _hash(end)))
+        self.fingerprint = digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self._records)
@@ -180,18 +202,17 @@ class TfdsPairs:
         """What a row is called."""
         return f"{self.name} row {row}"
 
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """Hash of the files' names, sizes and ends, of what is used of them, and how."""
-        digest = hashlib.blake2b(
-            repr((self.split, self._image, self._text)).encode(), digest_size=16
-        )
-        for file in self._files():
-            size, end = _size_and_end(os.fspath(file.filename))
-            name = os.path.basename(file.filename)
-            digest.update(repr((name, size, file.skip, file.take)).encode())
-            digest.update(end)
-        return digest.hexdigest()
+
+def _footer(path: str) -> str:
+    return _hash(_size_and_end(path)[1])
+
+
+def _content(path: str) -> str:
+    return _hash(objects.read(path) if is_remote(path) else Path(path).read_bytes())
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def _size_and_end(path: str) -> tuple[int, bytes]:
@@ -229,58 +250,3 @@ def _text(example: dict, name: str) -> str:
             return ""
         value = value[0]
     return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
-
-
-class TfRecords:
-    """The records of TFRecord files by number.
-
-    Each is its length (8 bytes), a checksum (4), the data and a checksum (4). Memory: 8 bytes a
-    record.
-    """
-
-    def __init__(self, files: list):
-        """Walks over the lengths; `files` are TFDS's instructions of which records to use."""
-        self._paths = [file.filename for file in files]
-        self._starts: list[Int[np.ndarray, " n"]] = []
-        self._ends, total = [], 0
-        for file in files:
-            starts = _record_starts(file.filename)
-            stop = len(starts) if file.take == -1 else file.skip + file.take
-            self._starts.append(starts[file.skip : stop])
-            total += len(self._starts[-1])
-            self._ends.append(total)
-
-    def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
-
-    def __getitem__(self, row: int) -> bytes:
-        file = bisect.bisect_right(self._ends, row)
-        first = self._ends[file - 1] if file else 0
-        start = int(self._starts[file][row - first])
-        with _opened(self._paths[file], 2**16) as read:
-            (length,) = struct.unpack("<Q4x", read(start, 12))
-            return read(start + 12, length)
-
-
-@contextlib.contextmanager
-def _opened(path: str, window: int) -> Iterator[Callable[[int, int], bytes]]:
-    """Reads parts of a file, by start and length; a remote one at least a window at a time."""
-    if is_remote(path):
-        yield objects.Windows(path, window)
-        return
-    with open(path, "rb") as file:
-        yield lambda start, length: (file.seek(start), file.read(length))[1]
-
-
-def _record_starts(path: str) -> Int[np.ndarray, " n"]:
-    starts, at, (size, _) = [], 0, _size_and_end(path)
-    with _opened(path, 2**22) as read:
-        while at < size:
-            head = read(at, 12)
-            if len(head) < 12:
-                break
-            starts.append(at)
-            at += 16 + struct.unpack("<Q4x", head)[0]
-    if at != size:
-        raise ValueError(f"{path} is cut short: {size} bytes, its records need {at}")
-    return np.array(starts, np.int64)

@@ -1,7 +1,12 @@
 """Which pairs an episode holds: a pure function of (number of pairs, size, episode, seed)."""
 
+from collections.abc import Callable
+
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int64, Integer
+
+# Rows `first` to before `last` of an epoch's order.
+OrderPart = Callable[[int, int, int], Integer[np.ndarray, " n"]]
 
 # Keeps the draws with replacement apart from the permutations of the same seed.
 _WITH_REPLACEMENT = 1
@@ -9,7 +14,12 @@ _PERMUTATION = 0
 
 
 def episode_rows(
-    num_pairs: int, size: int, episode: int, seed: int, replacement: bool
+    num_pairs: int,
+    size: int,
+    episode: int,
+    seed: int,
+    replacement: bool,
+    order_part: OrderPart | None = None,
 ) -> Int64[np.ndarray, "size"]:
     """Rows of the data set that make up one episode, in training order.
 
@@ -25,6 +35,8 @@ def episode_rows(
       episode: 0-based episode.
       seed: seed of the run, 0 or above.
       replacement: draw each episode independently and uniformly with replacement (the reference).
+      order_part: (epoch, first, last) -> that part of `epoch_order`, from wherever it is kept; None
+        makes the whole order anew.
 
     Returns:
       Row numbers, each in [0, num_pairs).
@@ -47,13 +59,30 @@ def episode_rows(
             f"an episode of {size} pairs cannot be drawn without replacement from {num_pairs} "
             f"pairs: set the episode size to at most {num_pairs}, or allow replacement"
         )
+    if order_part is None:
+
+        def order_part(epoch: int, first: int, last: int) -> Integer[np.ndarray, " n"]:
+            return epoch_order(num_pairs, epoch, seed)[first:last]
+
     first, last = episode * size, (episode + 1) * size
     parts = []
     for epoch in range(first // num_pairs, (last - 1) // num_pairs + 1):
-        rows = _generator(seed, _PERMUTATION, epoch).permutation(num_pairs)
         start = epoch * num_pairs
-        parts.append(rows[max(first - start, 0) : last - start])
+        parts.append(order_part(epoch, max(first - start, 0), min(last - start, num_pairs)))
     return np.concatenate(parts).astype(np.int64, copy=False)
+
+
+def epoch_order(num_pairs: int, epoch: int, seed: int) -> Integer[np.ndarray, "num_pairs"]:
+    """All rows of the data set in the order of an epoch; 32 bits each where they fit."""
+    rows = np.arange(num_pairs, dtype=order_type(num_pairs))
+    # What `permutation` does, which would take 64 bits.
+    _generator(seed, _PERMUTATION, epoch).shuffle(rows)
+    return rows
+
+
+def order_type(num_pairs: int) -> np.dtype:
+    """Type of the numbers of `epoch_order`."""
+    return np.dtype(np.uint32 if num_pairs <= 2**32 else np.int64)
 
 
 def _generator(seed: int, purpose: int, index: int) -> np.random.RandomState:

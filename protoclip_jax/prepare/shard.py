@@ -1,13 +1,18 @@
 """One shard: the rows of a block of the source, written as ArrayRecord, with their outcomes."""
 
 import dataclasses
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
 from array_record.python import array_record_module
 
-from protoclip_jax.data.array_records import WRITER_OPTIONS, pack, shard_name
+from protoclip_jax.data.array_records import (
+    WRITER_OPTIONS,
+    add_to_digest,
+    pack,
+    shard_digest,
+    shard_name,
+)
 from protoclip_jax.data.decoding import UnreadableImage
 from protoclip_jax.data.sources import PairSource, origin, read_pair, where
 from protoclip_jax.prepare.picture import stored
@@ -94,7 +99,7 @@ class ShardWriter:
         """Number and digest of the records, and [row, reason, picture] of what is unreadable."""
         settings, source = self.settings, self.source
         written, unreadable = 0, []
-        digest = hashlib.blake2b(digest_size=16)
+        digest = shard_digest()
         writer = array_record_module.ArrayRecordWriter(str(part), WRITER_OPTIONS)
         try:
             for row in rows:
@@ -105,8 +110,7 @@ class ShardWriter:
                     unreadable.append([origin(source, row), error.reason, where(source, row)])
                 else:
                     record = pack(origin(source, row), caption, picture)
-                    digest.update(len(record).to_bytes(8, "little"))
-                    digest.update(record)
+                    add_to_digest(digest, record)
                     writer.write(record)
                     written += 1
                 tick()

@@ -10,6 +10,7 @@ import os
 import secrets
 import time
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -18,6 +19,8 @@ from etils import epath
 from protoclip_jax import distributed
 from protoclip_jax.config import ConfigError
 from protoclip_jax.distributed import cluster
+from protoclip_jax.storage.lock import locked
+from protoclip_jax.storage.paths import AnyPath
 
 MARKS = ".processes"  # folder in the workdir in which processes look for one another's marks
 MARK_SECONDS = 90.0  # network file systems show a new file after up to a minute
@@ -115,6 +118,22 @@ def compare(what: str, mine: dict[str, Any]) -> None:
     except ConfigError as error:
         hosts = ", ".join(f"{number} is on {one['host']}" for number, one in enumerate(found[:16]))
         raise ConfigError(f"{error}\n  (process {hosts})") from None
+
+
+@contextlib.contextmanager
+def in_use(workdir: AnyPath) -> Iterator[None]:
+    """Keeps other runs out of a workdir.
+
+    Raises:
+      ConfigError: another run is in it.
+    """
+    with contextlib.ExitStack() as stack:
+        if jax.process_index() == 0:
+            try:
+                stack.enter_context(locked(workdir))
+            except ValueError as error:
+                raise ConfigError(f"--workdir={error}") from error
+        yield
 
 
 def same_folder(workdir: epath.Path) -> None:

@@ -1,6 +1,5 @@
 """The pairs of a run: source, teacher, and the order in which they reach the devices."""
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,7 @@ from protoclip_jax.data.tokenizer import Tokenizer
 from protoclip_jax.data.unreadable import UnreadableLog
 from protoclip_jax.data.walk import Section, Walk
 from protoclip_jax.distributed.rows import Rows, by_position
-from protoclip_jax.episodes.sampling import episode_rows
-from protoclip_jax.storage.copies import local_copy
+from protoclip_jax.episodes.shared_order import EpisodeRows
 from protoclip_jax.storage.retries import Unreachable
 from protoclip_jax.training.state import BATCH_AXES
 
@@ -48,7 +46,7 @@ class Input:
         self._tokenizer = Tokenizer(context_length)
         self._rows = Rows(NamedSharding(mesh, PartitionSpec(BATCH_AXES)), config.optimizer.batch)
         self.source = _open_source(config)
-        self.teacher = _open_teacher(config, len(self.source))
+        self.teacher = _open_teacher(config, self.source)
         # Each process has its own share of the pairs, and a file of its own.
         suffix = f".{jax.process_index()}" if jax.process_index() else ""
         self.unreadable = UnreadableLog(self.source, workdir / f"unreadable{suffix}.tsv")
@@ -83,13 +81,11 @@ class Input:
         reading = reader.Reading(
             source=self.source,
             tokenizer=self._tokenizer,
-            # A plain function of plain values, since worker processes get a copy.
-            rows_of_episode=functools.partial(
-                episode_rows,
+            rows_of_episode=EpisodeRows(
                 len(self.source),
                 config.episode.size,
-                seed=config.seed,
-                replacement=config.episode.replacement,
+                config.seed,
+                config.episode.replacement,
             ),
             size=config.episode.size,
             seed=config.seed,
@@ -169,14 +165,14 @@ def _open_source(config: Config) -> sources.PairSource:
     return source
 
 
-def _open_teacher(config: Config, rows: int) -> Teacher | None:
+def _open_teacher(config: Config, source: sources.PairSource) -> Teacher | None:
     path = config.data.teacher
     if path is None or not config.uses_teacher:
         return None
     if path == "emoji_text":
         path = embedded_teacher(config.data.train.rpartition("/")[2])
     try:
-        return open_teacher(local_copy(path), rows)
+        return open_teacher(path, len(source), source)
     except Unreachable:
         raise
     except (ValueError, OSError) as error:

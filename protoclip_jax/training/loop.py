@@ -15,12 +15,11 @@ from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
 from protoclip_jax.config import Config, ConfigError
-from protoclip_jax.distributed import broadcast
+from protoclip_jax.distributed import broadcast, exchange
 from protoclip_jax.episodes.extraction import EpisodeFeatures, make_extract_step
 from protoclip_jax.episodes.kmeans import Clusters, kmeans
 from protoclip_jax.episodes.prototypes import build_prototypes
 from protoclip_jax.storage import objects
-from protoclip_jax.storage.lock import locked
 from protoclip_jax.storage.mirror import Mirror
 from protoclip_jax.storage.paths import AnyPath, workdir_at
 from protoclip_jax.storage.retries import Unreachable
@@ -29,6 +28,7 @@ from protoclip_jax.training.checkpoint import Checkpoints
 from protoclip_jax.training.compiled import CompiledStep
 from protoclip_jax.training.evaluator import Evaluator
 from protoclip_jax.training.input import Input
+from protoclip_jax.training.labels import EpisodeLabels
 from protoclip_jax.training.logging import Meter, MetricLog, check_wandb
 from protoclip_jax.training.pace import Pace
 from protoclip_jax.training.phases import Phase, phase_of
@@ -39,8 +39,8 @@ from protoclip_jax.training.requests import LEAVE, Leaving, Requests
 from protoclip_jax.training.restore import start_weights
 from protoclip_jax.training.stopwatch import Stopwatch
 
-# Prototypes, and labels by position as host arrays: what training needs of the steps before it.
-Prepared = tuple[dict, dict[str, np.ndarray]]
+# Prototypes and labels: what training needs of the steps before it.
+Prepared = tuple[dict, EpisodeLabels]
 
 APPENDED = ("metrics.jsonl", "unreadable*.tsv")  # files of a workdir that a later run goes on with
 
@@ -69,28 +69,12 @@ def train(config: Config, workdir: AnyPath, profile: str | None = None) -> None:
         raise ConfigError(f"--workdir={workdir} is no folder to write to: {error}") from error
     agreement.compare("the processes would not train the same", record.identity(config))
     agreement.same_folder(epath.Path(workdir))
-    with in_use(workdir):
+    with agreement.in_use(workdir):
         trainer = Trainer(config, workdir, profile)
         try:
             trainer.run()
         finally:
             trainer.close()
-
-
-@contextlib.contextmanager
-def in_use(workdir: AnyPath) -> Iterator[None]:
-    """Keeps other runs out of a workdir.
-
-    Raises:
-      ConfigError: another run is in it.
-    """
-    with contextlib.ExitStack() as stack:
-        if jax.process_index() == 0:
-            try:
-                stack.enter_context(locked(workdir))
-            except ValueError as error:
-                raise ConfigError(f"--workdir={error}") from error
-        yield
 
 
 class Trainer:
@@ -167,7 +151,13 @@ class Trainer:
         kept = self.checkpoints.episode(done, self.replicated)
         if kept is None:
             raise ValueError("the episode's prototypes are missing")
-        return restored, (kept["prototypes"], jax.tree.map(np.asarray, kept["labels"]))
+        labels = EpisodeLabels.restored(kept)
+        if not labels.checked:
+            self.progress.say(
+                f"checkpoints/{done} is of an earlier version: to the end of this episode a pair "
+                "that takes the place of an unreadable one gets its label"
+            )
+        return restored, (kept["prototypes"], labels)
 
     def run(self) -> None:
         """Trains what is left, then prints the table of the evaluation."""
@@ -178,7 +168,7 @@ class Trainer:
         elif self.done:
             self.progress.say(f"Going on after step {self.done} of {config.total_steps}.")
         else:
-            self.reporter.source(self.input.source)
+            self.reporter.source(self.input.source, self.input.teacher)
             self.evaluate("untrained", 0)
         with self.requests, self.input.batches(first, steps) as self.batches:
             for episode in range(first, config.episode.count):
@@ -240,7 +230,8 @@ class Trainer:
         with self.part(clock, "cluster"):
             clusters = self.cluster(episode, features, rows)
         with self.part(clock, "back-translate"):
-            prepared = self.back_translate(features[0], features[1], clusters)
+            prototypes = self.back_translate(features[0], features[1], clusters)
+        prepared = prototypes, self.labels(clusters, rows)
         numbers = cluster_numbers(clusters)
         self.reporter.prototypes(numbers, self.batches.roomless)
         return prepared, numbers
@@ -293,8 +284,8 @@ class Trainer:
             clusters["external"] = run(teacher, self.config.external_prototypes)
         return jax.block_until_ready(clusters)
 
-    def back_translate(self, image, text, clusters: dict[str, Clusters]) -> Prepared:
-        """Prototypes in each student's own space; positions not extracted have the label -1."""
+    def back_translate(self, image, text, clusters: dict[str, Clusters]) -> dict:
+        """Prototypes in each student's own space."""
         external = clusters.get("external")
         prototypes = build_prototypes(
             image,
@@ -306,12 +297,12 @@ class Trainer:
         )
         if external is not None and self.config.episode.online is not None:
             prototypes["external"]["centroids"] = external.centroids
-        rest = (0, self.config.episode.size - self.config.extracted)
-        labels = {
-            name: np.pad(np.asarray(found.labels), rest, constant_values=-1)
-            for name, found in clusters.items()
-        }
-        return jax.block_until_ready(jax.device_put(prototypes, self.replicated)), labels
+        return jax.block_until_ready(jax.device_put(prototypes, self.replicated))
+
+    def labels(self, clusters: dict[str, Clusters], rows: np.ndarray) -> EpisodeLabels:
+        """The labels of the rows that were extracted."""
+        labels = {name: np.asarray(found.labels) for name, found in clusters.items()}
+        return EpisodeLabels(labels, rows, self.config.episode.size)
 
     def train(
         self, episode: int, phase: Phase, prepared: Prepared | None
@@ -342,17 +333,20 @@ class Trainer:
             if self.done % self.config.log.every == 0 or asked or index + 1 == steps:
                 self.reporter.steps(self.done, episode, phase, recent, whole, train_step.flops)
             if asked and index + 1 < steps:
-                self.save({"prototypes": prototypes, "labels": labels} if prepared else None)
+                self.save({"prototypes": prototypes, **labels.arrays()} if prepared else None)
                 if asked == LEAVE:
                     self.leave()
         jax.block_until_ready(self.state)
-        return whole.mean() | {"seconds/input_wait": pace.waited}, asked
+        numbers = whole.mean() | {"seconds/input_wait": pace.waited}
+        if labels is not None:
+            numbers["labels/other_pair"] = float(sum(exchange(labels.other)))
+        return numbers, asked
 
-    def train_inputs(self, batch: dict[str, Any], labels: dict | None) -> dict[str, Any]:
+    def train_inputs(self, batch: dict[str, Any], labels: EpisodeLabels | None) -> dict[str, Any]:
         """A host batch with its labels, and with the teacher's rows where the step makes labels."""
         inputs = step_inputs(batch)
         if labels is not None:
-            inputs["labels"] = {name: found[inputs["position"]] for name, found in labels.items()}
+            inputs["labels"] = labels.of(batch["position"], batch["row"])
             if self.config.episode.online is not None and self.input.teacher is not None:
                 inputs["teacher"] = self.input.teacher.rows(batch["row"])
         return inputs

@@ -15,8 +15,12 @@ from protoclip_jax.training.checkpoint import differences
 
 RECIPE_FILE = "recipe.json"
 
-# What may differ between a stop and a resume without changing any number of the run.
+# What may differ between a stop and a resume without changing any number of the run. Where the
+# data lies is here too: the fingerprints of source and teacher say whether they are the same.
 HARMLESS = (
+    "data.train",
+    "data.teacher",
+    "data.image_root",
     "log.",
     "checkpoint.",
     "evaluation.",
@@ -74,6 +78,11 @@ def identity(config: Config) -> dict:
 
 def check_resumable(workdir: AnyPath, stored: dict, wanted: dict) -> None:
     """Refuses to go on with another recipe, source or teacher than the checkpoint's.
+
+    Source and teacher are the same wherever they lie if their fingerprints are equal: those of the
+    lines of a list, of the names, sizes and captions in tars, of the records of a converted set,
+    of the ends of a TFDS set's files, each with their order and with what is used of them; and of
+    the numbers of a teacher. The images that a list names are not looked at.
 
     Args:
       workdir: for the message.

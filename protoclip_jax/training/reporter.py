@@ -10,6 +10,7 @@ import numpy as np
 
 from protoclip_jax.config import Config
 from protoclip_jax.data.sources import PairSource, needless_limit
+from protoclip_jax.data.teacher import Teacher
 from protoclip_jax.episodes.kmeans import Clusters
 from protoclip_jax.storage.paths import AnyPath
 from protoclip_jax.training.compiled import peak_flops
@@ -131,7 +132,7 @@ class Reporter:
         """What an episode (0-based) is called."""
         return f"episode {episode + 1}/{self._config.episode.count}"
 
-    def source(self, source: PairSource) -> None:
+    def source(self, source: PairSource, teacher: Teacher | None) -> None:
         """Tells how many pairs there are, which rows of a list are none, and what looks wrong."""
         self._progress.say(f"{len(source):,} pairs of {source.name}.")
         for reason, dropped in getattr(source, "report", {}).items():
@@ -139,6 +140,11 @@ class Reporter:
         limit = self._config.data.limit
         if line := needless_limit(len(source), limit):
             self._progress.say(f"  data.limit={limit:,}: {line}")
+        if teacher is not None and teacher.note is None:
+            self._progress.say(
+                f"  {teacher.path} says not which pairs it was made for: only its number of rows "
+                "could be checked"
+            )
         points = self._config.extracted / self._config.episode.prototypes
         if len(self._config.prototype_episodes) and points < FEW_POINTS:
             self._progress.say(
@@ -186,6 +192,13 @@ class Reporter:
         if overhead:
             times += f"; overhead {numbers['share/overhead']:.0%} of training"
         self._progress.say(f"{self.title(episode)} {phase.name}: {losses} ({times})")
+        # With online assignment every pair takes its own label at the step.
+        other = numbers.get("labels/other_pair", 0)
+        if other and self._config.episode.online is None:
+            self._progress.say(
+                f"  {other:,.0f} pairs trained without a prototype: their position was another "
+                "pair's at extraction, because one of the two reads failed (see unreadable.tsv)"
+            )
         if numbers["share/input_wait"] > WAIT_WARNING:
             data = self._config.data
             how = f"data.workers={data.workers}" if data.workers else f"data.threads={data.threads}"

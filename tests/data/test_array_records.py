@@ -10,7 +10,7 @@ from pair_files import caption, picture, write_list
 
 import protoclip_jax.data.record_files as record_files
 from protoclip_jax.data.array_records import ArrayRecordPairs, pack, unpack
-from protoclip_jax.data.decoding import BROKEN, MISSING, UnreadableImage
+from protoclip_jax.data.decoding import BROKEN, UnreadableImage
 from protoclip_jax.data.sources import PairSource, open_source, where
 from protoclip_jax.prepare.convert import ConvertSettings, convert
 
@@ -94,15 +94,6 @@ def test_damage_inside_a_shard_is_an_unreadable_pair(tmp_path):
         source.read(2)
     assert caught.value.reason == BROKEN
     assert where(source, 2) == f"{folder} row 2"
-
-
-def test_a_shard_that_goes_away_is_missing(tmp_path):
-    source = open_source(made(tmp_path, rows=5))
-    for shard in Path(source.name).glob("*.array_record"):
-        shard.unlink()
-    with pytest.raises(UnreadableImage) as caught:
-        source.read(0)
-    assert caught.value.reason == MISSING
 
 
 def test_sets_that_are_not_whole_are_refused(tmp_path):

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from pair_files import Unlooked
 from PIL import Image
+from small_batches import SIZE, Shuffled, open_batches
 
-from protoclip_jax.data.augmentation import AUGMENTATIONS, augmentation_named, training_crop
+from protoclip_jax.data.augmentation import AUGMENTATIONS, training_crop
 from protoclip_jax.data.decoding import (
     MISSING,
     NO_CAPTION,
@@ -24,8 +25,7 @@ from protoclip_jax.data.decoding import (
     load,
 )
 from protoclip_jax.data.kept import Keep, KeptPairs, Pair, opened
-from protoclip_jax.data.pipeline import Batches
-from protoclip_jax.data.reader import Reading
+from protoclip_jax.data.seen_files import SourceError
 from protoclip_jax.data.sources import open_source
 from protoclip_jax.data.start_check import check_start
 from protoclip_jax.data.tokenizer import Tokenizer
@@ -33,72 +33,11 @@ from protoclip_jax.data.unreadable import UnreadableLog
 from protoclip_jax.data.walk import PASSES, Section, Walk
 
 CASES = Path(__file__).parents[1] / "cases"
-SIZE = 24
 KEYS = ("image", "tokens", "position", "valid", "row")
 
 
 def case_source(case: str):
     return open_source(str(CASES / case / "pairs.tsv"))
-
-
-class Shuffled:
-    """Rows of an episode: as many as wanted of a source's, in an order of its own."""
-
-    def __init__(self, pairs: int, size: int):
-        self.pairs, self.size = pairs, size
-
-    def __call__(self, episode: int) -> np.ndarray:
-        rng = np.random.default_rng([episode, 99])
-        return rng.permutation(np.arange(self.size) % self.pairs)
-
-
-def open_batches(source, **options):
-    """An iterator with small settings: passes of one kind over some episodes, or `sections`."""
-    size = options.setdefault("size", len(source))
-    settings = {
-        "kind": "train",
-        "episodes": [0, 1],
-        "batch": 4,
-        "start": (0, 0),
-        "augmentation": "none",
-        "rows_of_episode": Shuffled(len(source), size),
-        "keep": Keep(),
-        "workers": 0,
-        "threads": 2,
-        "seed": 7,
-        "image_size": SIZE,
-        "share": (0, 1),
-        "unreadable": None,
-        "sections": None,
-    } | options
-    get = settings.__getitem__
-    positions = size if get("kind") == "extract" else size // get("batch") * get("batch")
-    first, step = get("start")
-    sections = get("sections") or [
-        Section(get("kind"), episode, positions, step if number == 0 else 0)
-        for number, episode in enumerate(get("episodes")[first:])
-    ]
-    how = augmentation_named(get("augmentation"))
-    # Dealt like cards: the rows of a process need not be neighbours.
-    process, processes = get("share")
-    rows = np.arange(process, get("batch"), processes)
-    return Batches(
-        Walk(sections, get("batch"), workers=get("workers"), rows=rows),
-        Reading(
-            source=source,
-            tokenizer=Tokenizer(16),
-            rows_of_episode=get("rows_of_episode"),
-            size=size,
-            seed=get("seed"),
-            image_size=get("image_size"),
-            augmentation={"train": how, "extract": how},
-            parity=False,
-            keep=get("keep"),
-        ),
-        workers=get("workers"),
-        threads=get("threads"),
-        unreadable=get("unreadable"),
-    )
 
 
 def run(source, **options) -> list[dict]:
@@ -342,13 +281,13 @@ def missing_list(folder: Path, good: int, bad: int) -> str:
 
 def test_a_run_without_any_readable_pair_ends_with_an_example(tmp_path):
     source = open_source(missing_list(tmp_path, 0, 3))
-    with pytest.raises(ValueError, match=r"32 pairs in a row .*gone\d\.jpg \(missing file\)"):
+    with pytest.raises(SourceError, match=r"32 pairs in a row .*gone\d\.jpg \(missing file\)"):
         run(source, size=4)
 
 
 def test_errors_of_a_worker_reach_the_run(tmp_path):
     source = open_source(missing_list(tmp_path, 0, 3))
-    with pytest.raises(ValueError, match=r"32 pairs in a row .*gone\d\.jpg \(missing file\)"):
+    with pytest.raises(SourceError, match=r"32 pairs in a row .*gone\d\.jpg \(missing file\)"):
         run(source, size=4, workers=1)
 
 

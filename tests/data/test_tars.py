@@ -10,7 +10,6 @@ import pytest
 from pair_files import caption, picture, write_shards, write_tar
 
 import protoclip_jax.data.tar_index as tar_index
-from protoclip_jax.data.decoding import MISSING, TRUNCATED, UnreadableImage
 from protoclip_jax.data.sources import PairSource, open_source, where
 from protoclip_jax.data.tar_members import members
 from protoclip_jax.data.tars import TarPairs
@@ -166,20 +165,6 @@ def test_what_is_no_tar(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="a folder without"):
         open_source(str(tmp_path / "empty"))
-
-
-def test_a_tar_that_changes_under_a_run(tmp_path):
-    source = open_source(write_shards(tmp_path, 1, 3))
-    tar = tmp_path / "00000.tar"
-    tar.write_bytes(tar.read_bytes()[:1024])
-    with pytest.raises(UnreadableImage) as caught:
-        source.read(2)
-    assert caught.value.reason == TRUNCATED
-    tar.unlink()
-    with pytest.raises(UnreadableImage) as caught:
-        source.read(2)
-    assert caught.value.reason == MISSING
-    assert where(source, 2).endswith("00000.tar row 2")
 
 
 def test_pickles_as_the_place_of_its_index(folder):

@@ -1,5 +1,6 @@
 """Teacher files: checked whole at the start, read a few rows at a time."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from protoclip_jax.data import teacher as teacher_module
+from protoclip_jax.data import npy_table
 from protoclip_jax.data.emoji_text import EmojiText
+from protoclip_jax.data.seen_files import SourceChanged
 from protoclip_jax.data.sources import open_source
 from protoclip_jax.data.teacher import embedded_teacher, open_teacher
+from protoclip_jax.data.teacher_note import TeacherNote, note_path, write_note
 
 CASES = Path(__file__).parents[1] / "cases"
 
@@ -91,7 +94,7 @@ def test_too_large_for_float32_is_not_finite(tmp_path):
 @pytest.mark.parametrize("order", ["C", "F"])
 @pytest.mark.parametrize("block", [1, 1000, 2**26])
 def test_rows_come_in_the_order_asked_for_as_float32(dtype, order, block, tmp_path, monkeypatch):
-    monkeypatch.setattr(teacher_module, "_BLOCK", block)
+    monkeypatch.setattr(npy_table, "_BLOCK", block)
     rng = np.random.default_rng(0)
     array = np.asarray(rng.normal(size=(97, 5)), dtype=dtype, order=order)
     teacher = open_teacher(saved(tmp_path / "t.npy", array), 97)
@@ -125,7 +128,7 @@ def test_fingerprint_tells_rows_and_their_order(tmp_path, monkeypatch):
     prints = {name: open_teacher(file, 50).fingerprint for name, file in files.items()}
     assert prints["first"] == prints["same"]
     assert len(set(prints.values())) == 4
-    monkeypatch.setattr(teacher_module, "_BLOCK", 100)
+    monkeypatch.setattr(npy_table, "_BLOCK", 100)
     assert open_teacher(files["first"], 50).fingerprint == prints["first"]
 
 
@@ -160,7 +163,7 @@ def test_embedded_features_belong_to_emoji_text():
     source = EmojiText("train")
     teacher = open_teacher(embedded_teacher(), len(source))
     assert teacher.width == 64
-    assert teacher.path == embedded_teacher("train")
+    assert teacher.path == str(embedded_teacher("train"))
     features = teacher.rows(np.arange(len(source)))
     # Rows with one caption have one row of features.
     captions = source.column("title")
@@ -176,6 +179,121 @@ def test_embedded_features_belong_to_emoji_text():
         near.setdefault(concept, []).append(features[row])
     within = np.mean([np.var(np.array(rows), axis=0).sum() for rows in near.values()])
     assert within < 0.3 * np.var(features, axis=0).sum()
+
+
+def test_embedded_features_say_which_pairs_they_are_for():
+    note = open_teacher(embedded_teacher(), 6804, EmojiText("train")).note
+    assert (note.source, note.pairs, note.dimensions) == ("emoji_text/train", 6804, 64)
+
+
+class Pairs:
+    """A source with a name and a fingerprint."""
+
+    def __init__(self, fingerprint: str, name: str = "pairs.tsv", count: int = 12):
+        self.fingerprint, self.name, self.count = fingerprint, name, count
+
+    def __len__(self):
+        return self.count
+
+    def read(self, row):
+        raise NotImplementedError
+
+
+@pytest.fixture
+def noted(tmp_path) -> Path:
+    """A teacher file of the pairs "abc", with its note."""
+    path = saved(tmp_path / "t.npy", np.random.default_rng(0).normal(size=(12, 4)))
+    numbers = open_teacher(path, 12).fingerprint
+    write_note(path, TeacherNote("pairs.tsv", "abc", 12, "bert", 4, numbers))
+    return path
+
+
+def test_a_file_without_a_note_is_taken(tmp_path):
+    path = saved(tmp_path / "t.npy", np.zeros((12, 4), np.float32))
+    assert open_teacher(path, 12, Pairs("abc")).note is None
+
+
+def test_a_file_of_other_pairs_is_refused(noted):
+    assert open_teacher(noted, 12, Pairs("abc", "moved/pairs.tsv")).note.encoder == "bert"
+    with pytest.raises(ValueError, match="was made for") as caught:
+        open_teacher(noted, 12, Pairs("abd", "other.tsv"))
+    message = str(caught.value)
+    for part in ("pairs.tsv", "abc", "other.tsv", "abd", "limit and seed", str(noted)):
+        assert part in message
+    assert "\n" not in message
+
+
+def test_another_order_limit_or_seed_is_refused(tmp_path):
+    """Each of these sources has 12 pairs."""
+    lines = [f"{row}.jpg\tcaption {row}" for row in range(13)]
+    for name, rows in (("all", lines), ("first", lines[:12]), ("back", lines[11::-1])):
+        (tmp_path / f"{name}.tsv").write_text("\n".join(["filepath\ttitle", *rows]) + "\n")
+    sources = [
+        open_source(str(tmp_path / "first.tsv")),
+        open_source(str(tmp_path / "back.tsv")),
+        open_source(str(tmp_path / "all.tsv"), limit=12, seed=1),
+        open_source(str(tmp_path / "all.tsv"), limit=12, seed=2),
+    ]
+    path = saved(tmp_path / "t.npy", np.zeros((12, 4), np.float32))
+    numbers = open_teacher(path, 12).fingerprint
+    for own in sources:
+        write_note(path, TeacherNote(own.name, own.fingerprint, 12, "bert", 4, numbers))
+        assert open_teacher(path, 12, own).note.source == own.name
+        for other in sources:
+            if other is not own:
+                with pytest.raises(ValueError, match="was made for"):
+                    open_teacher(path, 12, other)
+
+
+def test_another_file_beside_the_note_is_refused(noted):
+    array = np.load(noted)
+    array[[2, 3]] = array[[3, 2]]
+    np.save(noted, array)
+    for source in (None, Pairs("abc")):
+        with pytest.raises(ValueError, match=r"not the file that t.npy.json was written for"):
+            open_teacher(noted, 12, source)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", "7", '{"format": "protoclip_jax teacher", "version": 1}']
+)
+def test_a_damaged_note_is_refused(text, noted):
+    Path(note_path(noted)).write_text(text)
+    with pytest.raises(ValueError, match=r"t.npy.json is damaged") as caught:
+        open_teacher(noted, 12)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_note_of_another_version_is_refused(noted):
+    note = Path(note_path(noted))
+    note.write_text(note.read_text().replace('"version": 1', '"version": 2'))
+    with pytest.raises(ValueError, match=r"version 2, wanted 'protoclip_jax teacher' 1"):
+        open_teacher(noted, 12)
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("fault", ["rewritten", "replaced", "cut", "emptied", "gone"])
+def test_a_file_that_changes_under_a_run_is_told(order, fault, tmp_path):
+    array = np.asarray(np.random.default_rng(0).normal(size=(97, 5)), order=order)
+    path = saved(tmp_path / "t.npy", array)
+    teacher, unread = open_teacher(path, 97), open_teacher(path, 97)
+    wanted = teacher.rows(np.arange(97))
+    os.utime(path, ns=(1, 1))  # touched
+    np.testing.assert_array_equal(teacher.rows(np.arange(97)), wanted)
+    if fault in ("rewritten", "replaced"):
+        other = saved(tmp_path / "other.npy", array[::-1] if order == "C" else array + 1)
+        if fault == "replaced":
+            os.replace(other, path)
+        else:
+            path.write_bytes(other.read_bytes())
+        os.utime(path, ns=(2, 2))
+    elif fault == "gone":
+        path.unlink()
+    else:
+        os.truncate(path, 0 if fault == "emptied" else 1000)
+    for one in (teacher, unread):
+        with pytest.raises(SourceChanged, match=r"t.npy (has changed under|is no longer there)"):
+            one.rows(np.arange(97))
 
 
 def test_splits_without_features_are_named():

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from protoclip_jax.data.pca import fit_pca, load_pca
 from protoclip_jax.data.sentence_encoders import open_encoder
 from protoclip_jax.data.teacher import open_teacher
 from protoclip_jax.data.teacher_maker import TeacherSettings, make_teacher, pca_path
+from protoclip_jax.data.teacher_note import TeacherNote, note_path, read_note
 
 WIDTH = 10
 
@@ -83,8 +85,9 @@ def test_rows_are_the_pairs_in_order(fit_rows, tmp_path):
         np.testing.assert_allclose(pca.components_de, expected.components_de, atol=1e-5)
     else:
         assert not np.allclose(pca.mean_e, whole.mean(0), atol=1e-4), "fitted on a part only"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["t.npy", "t.pca.npz"]
-    open_teacher(tmp_path / "t.npy", 130)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["t.npy", "t.npy.json", "t.pca.npz"]
+    assert open_teacher(tmp_path / "t.npy", 130, source).note is not None
 
 
 def test_half_precision(tmp_path):
@@ -118,6 +121,55 @@ def test_a_lost_part_is_made_again(lost, tmp_path):
         made(source, tmp_path / "t.npy", Hashes(6), fit_rows=50)
     (tmp_path / lost).unlink()
     np.testing.assert_array_equal(made(source, tmp_path / "t.npy", fit_rows=50), whole)
+
+
+def test_the_note_names_what_it_was_made_from(tmp_path):
+    source = Captions(130)
+    made(source, tmp_path / "t.npy", dtype="float16")
+    note = read_note(tmp_path / "t.npy")
+    numbers = note.numbers
+    assert numbers == open_teacher(tmp_path / "t.npy", 130).fingerprint
+    assert note == TeacherNote("captions", "130caption", 130, "hashes", 4, numbers)
+    text = Path(note_path(tmp_path / "t.npy")).read_text()
+    made(source, tmp_path / "again.npy", dtype="float16")
+    again = Path(note_path(tmp_path / "again.npy")).read_text()
+    assert again == text, "nothing of the day or the place"
+
+
+def test_a_note_of_an_earlier_file_is_written_anew(tmp_path):
+    made(Captions(80, "word"), tmp_path / "t.npy")
+    (tmp_path / "t.npy").unlink()
+    source = Captions(80)
+    made(source, tmp_path / "t.npy")
+    assert open_teacher(tmp_path / "t.npy", 80, source).note.source_fingerprint == "80caption"
+
+
+def test_a_kill_between_note_and_file(tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    source = Captions(80)
+    with monkeypatch.context() as patched:
+        patched.setattr(teacher_maker.os, "replace", _but_for("t.npy", killed))
+        with pytest.raises(KeyboardInterrupt):
+            made(source, tmp_path / "t.npy")
+    assert not (tmp_path / "t.npy").exists()
+    made(source, tmp_path / "t.npy")
+    assert open_teacher(tmp_path / "t.npy", 80, source).note is not None
+
+
+def _but_for(name, function):
+    replace = teacher_maker.os.replace
+    return lambda old, new: (function if Path(new).name == name else replace)(old, new)
+
+
+def test_pairs_that_moved_go_on(tmp_path):
+    source, moved = Captions(130), Captions(130)
+    moved.name = "elsewhere/captions"
+    with pytest.raises(KeyboardInterrupt):
+        made(source, tmp_path / "t.npy", Hashes(3))
+    made(moved, tmp_path / "t.npy")
+    assert open_teacher(tmp_path / "t.npy", 130, source).note.source == "elsewhere/captions"
 
 
 def test_half_made_from_something_else_is_refused(tmp_path):
@@ -184,7 +236,11 @@ def test_command(tmp_path, monkeypatch, capsys):
     arguments = ["emoji_text/val", "--out", str(tmp_path / "t.npy")]
     assert command.main([*arguments, "--dimensions", "4", "--encoder", "hashes"]) == 0
     source = EmojiText("val")
-    assert f"{len(source)} rows of 4 numbers" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"{len(source)} rows of 4 numbers" in told
+    assert f"wrote {tmp_path / 't.npy.json'}" in told
+    note = read_note(tmp_path / "t.npy")
+    assert (note.source, note.source_fingerprint) == ("emoji_text/val", source.fingerprint)
     expected = made(source, tmp_path / "expected.npy")
     np.testing.assert_array_equal(np.load(tmp_path / "t.npy"), expected)
     assert command.main(arguments) == 2

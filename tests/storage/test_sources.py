@@ -5,17 +5,19 @@ import pickle
 
 import numpy as np
 import pytest
-from pair_files import picture, write_list, write_shards
+from pair_files import caption, picture, write_list, write_shards
 
 from protoclip_jax import teacher
+from protoclip_jax.data import seen_files
 from protoclip_jax.data.decoding import MISSING, UnreadableImage
 from protoclip_jax.data.emoji_text import embedded_directory
+from protoclip_jax.data.seen_files import SeenFiles, SourceChanged
 from protoclip_jax.data.sources import PairSource, open_source, where
 from protoclip_jax.data.teacher import open_teacher
+from protoclip_jax.data.teacher_note import TeacherNote, write_note
 from protoclip_jax.prepare import __main__ as prepare
 from protoclip_jax.prepare.convert import ConvertSettings, convert
 from protoclip_jax.storage import paths
-from protoclip_jax.storage.copies import local_copy
 
 
 def assert_same(remote: PairSource, local: PairSource, rows) -> None:
@@ -86,9 +88,9 @@ def test_a_converted_set(bucket, tmp_path):
     # A shard that goes, and one that was replaced by another.
     shards = [shard["file"] for shard in ours.meta["shards"]]
     bucket.files.rm_file(f"{remote}/{shards[0]}")
-    with pytest.raises(UnreadableImage) as caught:
-        open_source_without_check(ours).read(0)
-    assert caught.value.reason == MISSING
+    for one in (ours, opened_anew(ours)):
+        with pytest.raises(SourceChanged, match=rf"{shards[0]} is no longer there"):
+            one.read(0)
     with pytest.raises(FileNotFoundError, match=shards[0]):
         open_source(remote)
     bucket.files.pipe_file(f"{remote}/{shards[0]}", b"other")
@@ -96,7 +98,7 @@ def test_a_converted_set(bucket, tmp_path):
         open_source(remote)
 
 
-def open_source_without_check(source):
+def opened_anew(source):
     """The same source, whose files are opened anew."""
     return pickle.loads(pickle.dumps(source))
 
@@ -123,13 +125,51 @@ def test_a_folder_of_tfds(bucket):
         assert_same(ours, theirs, [0, 2, len(theirs) - 1])
 
 
+@pytest.mark.parametrize("size", ["other", "same"])
+def test_a_tar_that_is_written_again_under_a_run(bucket, tmp_path, monkeypatch, size):
+    """Noticed by whoever opens it later, and by the others at their next look."""
+    write_shards(tmp_path / "shards", 1, 3)
+    folder = bucket.put(tmp_path / "shards")
+    source = open_source(folder)
+    wanted = [source.read(row) for row in range(3)]
+    bucket.put(tmp_path / "shards")  # an equal copy, of another version
+    copy = opened_anew(source)
+    assert [copy.read(row) for row in range(3)] == wanted
+    tar = tmp_path / "shards" / "00000.tar"
+    if size == "other":
+        write_shards(tmp_path / "shards", 1, 2)
+    else:
+        content = tar.read_bytes()
+        tar.write_bytes(content.replace(caption(1).encode(), caption(7).encode()))
+        assert tar.read_bytes() != content
+    bucket.put(tmp_path / "shards")
+    late = opened_anew(source)
+    monkeypatch.setattr(seen_files, "_REMOTE_SECONDS", 0.0)
+    for one in (late, copy, source):
+        with pytest.raises(SourceChanged, match=r"00000.tar has changed under the run"):
+            one.read(1)
+
+
+def test_a_teacher_and_its_note(bucket, tmp_path):
+    source = open_source(write_list(tmp_path / "list", 9))
+    np.save(tmp_path / "teacher.npy", np.zeros((9, 3), np.float32))
+    numbers = open_teacher(tmp_path / "teacher.npy", 9).fingerprint
+    note = TeacherNote(source.name, source.fingerprint, 9, "bert", 3, numbers)
+    write_note(tmp_path / "teacher.npy", note)
+    remote = bucket.put(tmp_path / "teacher.npy")
+    assert open_teacher(remote, 9, source).note is None
+    bucket.put(tmp_path / "teacher.npy.json")
+    assert open_teacher(remote, 9, source).note == note
+    other = open_source(write_list(tmp_path / "other", 10), limit=9)
+    with pytest.raises(ValueError, match=rf"{remote} was made for {source.name}"):
+        open_teacher(remote, 9, other)
+
+
 def test_a_teacher(bucket, tmp_path):
     rows = np.random.default_rng(0).normal(size=(9, 3)).astype(np.float32)
     np.save(tmp_path / "teacher.npy", rows)
     remote = bucket.put(tmp_path / "teacher.npy")
-    ours, theirs = (
-        open_teacher(local_copy(path), 9) for path in (remote, tmp_path / "teacher.npy")
-    )
+    ours, theirs = (open_teacher(path, 9) for path in (remote, tmp_path / "teacher.npy"))
     assert ours.fingerprint == theirs.fingerprint
     np.testing.assert_array_equal(ours.rows(np.array([4, 1])), rows[[4, 1]])
 
@@ -169,7 +209,7 @@ def test_array_records_of_another_scheme(monkeypatch):
     from protoclip_jax.data.record_files import RecordFile, RecordFiles
 
     with pytest.raises(ValueError, match="are read from gs:// or local folders only"):
-        RecordFiles([RecordFile("s3://b/x.array_record", 0, 3)])
+        RecordFiles([RecordFile("s3://b/x.array_record", 0, 3, "")], SeenFiles({}), str)
 
 
 def test_tars_are_converted_and_described_from_there(bucket, tmp_path, capsys):

@@ -1,0 +1,137 @@
+"""Tables in .npy files, read without holding or mapping them."""
+
+import dataclasses
+import functools
+import itertools
+import os
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from protoclip_jax.storage.disks import patient
+
+_BLOCK = 2**26  # bytes of the file looked at in one go
+_CUT = "it is cut short"
+
+
+@dataclasses.dataclass(frozen=True)
+class NpyTable:
+    """A table of floating-point numbers in a .npy file, read a few rows at a time.
+
+    It is never mapped: a map of a file that is cut ends the process.
+
+    Attributes:
+      path: the file, absolute.
+      count: rows.
+      width: numbers in a row.
+      dtype: of the numbers in the file.
+      by_columns: they lie column by column.
+      begin: byte of the first number.
+    """
+
+    path: str
+    count: int
+    width: int
+    dtype: np.dtype
+    by_columns: bool
+    begin: int
+
+    @functools.cached_property
+    def _file(self) -> int:
+        descriptor = os.open(self.path, os.O_RDONLY)
+        weakref.finalize(self, os.close, descriptor)
+        return descriptor
+
+    def _numbers(self, first: int, count: int) -> np.ndarray:
+        """Numbers as they lie in the file."""
+        size = self.dtype.itemsize
+        begin = self.begin + first * size
+        data = patient(lambda: os.pread(self._file, count * size, begin))
+        if len(data) < count * size:
+            raise OSError(_CUT)
+        return np.frombuffer(data, self.dtype)
+
+    def block(self, first: int, last: int) -> np.ndarray:
+        """The rows from `first` to before `last`."""
+        if not self.by_columns:
+            return self._numbers(first * self.width, (last - first) * self.width).reshape(
+                last - first, self.width
+            )
+        columns = [
+            self._numbers(column * self.count + first, last - first) for column in range(self.width)
+        ]
+        return np.stack(columns, axis=1)
+
+    def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
+        """The rows from first to last, some at a time, with the first one's number."""
+        step = self._rows_in_a_block
+        for first in range(0, self.count, step):
+            yield first, self.block(first, min(first + step, self.count))
+
+    @property
+    def _rows_in_a_block(self) -> int:
+        return max(1, _BLOCK // (self.width * self.dtype.itemsize))
+
+    def rows(self, rows: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n d"]:
+        """Rows in increasing order, float32."""
+        if not self.by_columns:
+            return patient(lambda: self._single_rows(rows))
+        found = np.empty((len(rows), self.width), np.float32)
+        step = self._rows_in_a_block
+        edges = np.searchsorted(rows, np.arange(0, self.count + step, step))
+        for first, last in itertools.pairwise(edges):
+            if first < last:
+                begin = int(rows[first])
+                block = self.block(begin, int(rows[last - 1]) + 1)
+                found[first:last] = block[rows[first:last] - begin]
+        return found
+
+    def _single_rows(self, rows: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n d"]:
+        """One read a row: an episode's rows are few among those of a large file."""
+        size = self.width * self.dtype.itemsize
+        found = np.empty((len(rows), size), np.uint8)
+        begins = (self.begin + rows.astype(np.int64) * size).tolist()
+        for into, at in zip(found, begins, strict=True):
+            if os.preadv(self._file, [into], at) < size:
+                raise OSError(_CUT)
+        return found.view(self.dtype).astype(np.float32)
+
+
+def open_table(path: str | Path, rows: int) -> NpyTable:
+    """Reads a file's head.
+
+    Args:
+      path: a .npy file of floating-point numbers.
+      rows: how many are wanted, for messages.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: not a .npy file, an object array (never loaded: it can run code), or no table of
+        floating-point numbers.
+    """
+    try:
+        features = np.lib.format.open_memmap(path, mode="r")  # not a number is read through it
+    except ValueError as error:
+        if "Python objects" in str(error):
+            raise ValueError(
+                f"{path} is an object array, which loading could run code from: save a plain "
+                "array of float32 instead"
+            ) from None
+        raise ValueError(f"{path} is not a .npy file that can be mapped ({error})") from None
+    if features.ndim != 2 or features.dtype.kind != "f" or not features.shape[1]:
+        raise ValueError(
+            f"{path} holds {features.dtype} of shape {features.shape}: wanted floating-point "
+            f"numbers of shape ({rows}, width), one row a pair"
+        )
+    count, width = features.shape
+    return NpyTable(
+        path=os.path.abspath(path),
+        count=count,
+        width=width,
+        dtype=features.dtype,
+        by_columns=not features.flags.c_contiguous,
+        begin=features.offset,
+    )
