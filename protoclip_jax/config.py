@@ -46,7 +46,7 @@ class DataConfig:
     augment_extraction: bool = True  # extraction sees augmented pictures, as the reference does
     workers: int = 0  # worker processes that decode; 0 = threads of this process
     threads: int = 8  # threads that decode where there are no workers
-    keep: str = "pixels"  # between the two passes of an episode: pixels, jpeg or none (read twice)
+    keep: str = "auto"  # between an episode's passes: pixels, jpeg, none (read twice); auto = fits
     keep_side: int = 256  # shorter side of a kept picture; crops come from the kept copy
     keep_gigabytes: float = 4.0  # host memory of a process for them; the rest is read twice
     max_unreadable: float = 0.5  # stop at the start when a larger share cannot be read
@@ -195,7 +195,7 @@ CHOICES = {
     "parity": ("", "reference"),
     "model.dtype": ("bfloat16", "float32"),
     "data.augmentation": ("none", "clip", "light"),
-    "data.keep": FORMS,
+    "data.keep": ("auto", *FORMS),
     "episode.seeding": ("d2", "random"),
     "episode.empty": ("split", "keep"),
     "evaluation.suite": ("", "emoji_text"),

@@ -69,7 +69,7 @@ class KeptPairs:
 
     def put(self, episode: int, position: int, pair: Pair) -> bool:
         """Keeps a pair where there is room; returns whether there was."""
-        size = _size(pair)
+        size = size_of(pair)
         with self._lock:
             if (episode, position) in self._pairs:
                 return True
@@ -88,14 +88,14 @@ class KeptPairs:
         with self._lock:
             pair = self._pairs.pop((episode, position), None)
             if pair is not None:
-                self.bytes -= _size(pair)
+                self.bytes -= size_of(pair)
             return pair
 
     def forget_before(self, episode: int) -> None:
         """Drops what earlier episodes left behind: positions past their last whole batch."""
         with self._lock:
             for key in [key for key in self._pairs if key[0] < episode]:
-                self.bytes -= _size(self._pairs.pop(key))
+                self.bytes -= size_of(self._pairs.pop(key))
 
 
 def opened(picture: Image.Image | bytes) -> Image.Image:
@@ -106,7 +106,8 @@ def opened(picture: Image.Image | bytes) -> Image.Image:
     return picture
 
 
-def _size(pair: Pair) -> int:
+def size_of(pair: Pair) -> int:
+    """Bytes that a kept pair takes."""
     picture = pair.picture
     if isinstance(picture, bytes):
         return len(picture) + _OVERHEAD

@@ -66,7 +66,10 @@ def _memory(config: Config, like: dict, mesh) -> str:
             8 * config.episode.size * width
         )
         items[f"prototypes (4 x {k} x {width})"] = 16 * k * width
-        items[f"prototype logits (4 x {rows_here} x {k})"] = 16 * rows_here * k
+        rows = chunk_rows(rows_here, k)
+        items[f"prototype loss ({rows} of {rows_here} rows at a time x {k})"] = working_bytes(
+            rows_here, k, width, soft=config.objective.temperature is not None
+        )
     lines = [f"{'Memory of a device':<56}{'MB':>10}"]
     lines += [f"  {name:<54}{size / 1e6:>10.1f}" for name, size in items.items()]
     lines.append(f"  {'all, without activations':<54}{sum(items.values()) / 1e6:>10.1f}")

@@ -1,5 +1,6 @@
 """The pairs of a run: source, teacher, and the order in which they reach the devices."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
+from protoclip_jax import distributed
 from protoclip_jax.config import Config, ConfigError
-from protoclip_jax.data import pipeline, reader, sources
+from protoclip_jax.data import image_cache, pipeline, reader, sources
 from protoclip_jax.data.augmentation import augmentation_named
 from protoclip_jax.data.kept import Keep
 from protoclip_jax.data.padding import without_padding
@@ -43,6 +45,7 @@ class Input:
           Unreachable: remote storage gave no answer for minutes.
         """
         self._config, self._image_size = config, image_size
+        self._cache: image_cache.CachePlan | None = None
         self._tokenizer = Tokenizer(context_length)
         self._rows = Rows(NamedSharding(mesh, PartitionSpec(BATCH_AXES)), config.optimizer.batch)
         self.source = _open_source(config)
@@ -62,6 +65,26 @@ class Input:
                 f"{image_size} pixels: raise it, or set data.keep=none"
             )
 
+    def plan_cache(self, began_with: str | None = None) -> image_cache.CachePlan:
+        """Chooses the form of the image cache, the same on every process.
+
+        Args:
+          began_with: the form of a run that goes on: sizes and budget change nothing of it.
+        """
+        config, data = self._config, self._config.data
+        wanted = began_with or data.keep
+        budget = int(data.keep_gigabytes * 1e9)
+        if not len(config.prototype_episodes) or wanted == "none":
+            # One pass an episode: nothing is kept, but crops come from images in this form.
+            form = "pixels" if wanted == image_cache.AUTO else wanted
+            self._cache = image_cache.CachePlan(form, 0, 0, budget)
+            return self._cache
+        images = -(-config.extracted // jax.process_count())
+        sizes = image_cache.measured(self.source, data.keep_side, parity=data.parity_preprocess)
+        mine = image_cache.plan(wanted, images, sizes, budget)
+        self._cache = image_cache.CachePlan(**distributed.broadcast(dataclasses.asdict(mine)))
+        return self._cache
+
     def fingerprints(self) -> dict[str, str | None]:
         """What identifies source and teacher: a run does not resume on others."""
         return {
@@ -77,6 +100,7 @@ class Input:
           first_step: finished training steps of that episode; above 0 its extraction is over.
         """
         config, data = self._config, self._config.data
+        cache = self._cache or self.plan_cache()
         chosen = augmentation_named(data.augmentation)
         reading = reader.Reading(
             source=self.source,
@@ -95,7 +119,7 @@ class Input:
                 "extract": chosen if data.augment_extraction else None,
             },
             parity=data.parity_preprocess,
-            keep=Keep(data.keep, data.keep_side, int(data.keep_gigabytes * 1e9)),
+            keep=Keep(cache.form, data.keep_side, cache.budget),
         )
         walk = Walk(
             sections(config, first_episode, first_step),

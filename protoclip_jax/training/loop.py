@@ -100,12 +100,16 @@ class Trainer:
         self.meta = record.meta(config) | self.input.fingerprints()
         # Only shapes: what a checkpoint holds is not made before.
         self.graphdef, self.like = state.abstract(config, self.mesh)
+        self.cache_form: str | None = None
         self.done, self.interrupted = self.restored()
+        cache = self.input.plan_cache(self.cache_form)
+        self.meta[record.IMAGE_CACHE] = cache.form
         self.saved = self.done
         self.progress.start(self.done)
         self.log = MetricLog(self.mirror.local, config, self.done, workdir.name)
         self.reporter = Reporter(config, self.model.embed_dim, self.progress, self.log)
         self.evaluator = Evaluator(config, self.model, self.graphdef, self.mesh)
+        self.reporter.lines(cache.lines())
         self.requests = Requests(config.checkpoint.minutes, self.mesh)
         self.train_steps: dict[Phase, CompiledStep] = {}
         self.clock = Stopwatch()
@@ -143,7 +147,9 @@ class Trainer:
         return state.around(config, self.mesh, weights)
 
     def _read(self, done: int) -> tuple[dict, Prepared | None]:
-        record.check_resumable(self.workdir, self.checkpoints.meta(done), self.meta)
+        stored = self.checkpoints.meta(done)
+        record.check_resumable(self.workdir, stored, self.meta)
+        self.cache_form = record.cache_form(stored)
         restored = self.checkpoints.restore(done, self.like)
         episode, steps = divmod(done, self.config.steps_per_episode)
         if not steps or episode not in self.config.prototype_episodes:

@@ -8,12 +8,14 @@ import jax
 
 from protoclip_jax import versions
 from protoclip_jax.config import Config, ConfigError, flatten
+from protoclip_jax.data.image_cache import AUTO
 from protoclip_jax.storage import objects
 from protoclip_jax.storage.atomic import write_json
 from protoclip_jax.storage.paths import AnyPath
 from protoclip_jax.training.checkpoint import differences
 
 RECIPE_FILE = "recipe.json"
+IMAGE_CACHE = "image_cache"  # its form, in the JSON values of a checkpoint
 
 # What may differ between a stop and a resume without changing any number of the run. Where the
 # data lies is here too: the fingerprints of source and teacher say whether they are the same.
@@ -76,6 +78,11 @@ def identity(config: Config) -> dict:
     return options | versions.versions() | {"code": versions.code_hash()}
 
 
+def cache_form(stored: dict) -> str:
+    """The form of the image cache that a checkpoint's run began with."""
+    return stored.get(IMAGE_CACHE) or stored["recipe"]["data.keep"]
+
+
 def check_resumable(workdir: AnyPath, stored: dict, wanted: dict) -> None:
     """Refuses to go on with another recipe, source or teacher than the checkpoint's.
 
@@ -92,14 +99,17 @@ def check_resumable(workdir: AnyPath, stored: dict, wanted: dict) -> None:
     Raises:
       ConfigError: lists every difference that changes the run.
     """
+    # Left to us, the form of the image cache is the one that the run began with.
+    harmless = HARMLESS + (("data.keep:",) if wanted["recipe"]["data.keep"] == AUTO else ())
     lines = [
         line
         for line in differences(stored["recipe"], wanted["recipe"])
-        if not line.startswith(HARMLESS)
+        if not line.startswith(harmless)
     ]
+    own = ("recipe", IMAGE_CACHE)
     lines += differences(
-        {name: value for name, value in stored.items() if name != "recipe"},
-        {name: value for name, value in wanted.items() if name != "recipe"},
+        {name: value for name, value in stored.items() if name not in own},
+        {name: value for name, value in wanted.items() if name not in own},
     )
     if lines:
         raise ConfigError(

@@ -4,6 +4,7 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -152,6 +153,11 @@ class Reporter:
                 "prototypes turn into single pairs: lower episode.prototypes, or raise "
                 "episode.size or episode.online"
             )
+
+    def lines(self, lines: Sequence[str]) -> None:
+        """Tells what another room has to say."""
+        for line in lines:
+            self._progress.say(f"  {line}")
 
     def prototypes(self, numbers: dict[str, float], roomless: int) -> None:
         """After an extraction: warns of unused prototypes, and of pictures that are read twice."""
