@@ -1,10 +1,8 @@
 """Tables in .npy files, read without holding or mapping them."""
 
 import dataclasses
-import functools
 import itertools
 import os
-import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,31 +37,29 @@ class NpyTable:
     by_columns: bool
     begin: int
 
-    @functools.cached_property
-    def _file(self) -> int:
-        descriptor = os.open(self.path, os.O_RDONLY)
-        weakref.finalize(self, os.close, descriptor)
-        return descriptor
+    def block(self, first: int, last: int) -> np.ndarray:
+        """The rows from `first` to before `last`."""
+        return patient(lambda: self._block(first, last))
 
-    def _numbers(self, first: int, count: int) -> np.ndarray:
+    def _block(self, first: int, last: int) -> np.ndarray:
+        count = last - first
+        with open(self.path, "rb", buffering=0) as file:
+            if not self.by_columns:
+                found = self._numbers(file.fileno(), first * self.width, count * self.width)
+                return found.reshape(count, self.width)
+            columns = [
+                self._numbers(file.fileno(), column * self.count + first, count)
+                for column in range(self.width)
+            ]
+        return np.stack(columns, axis=1)
+
+    def _numbers(self, file: int, first: int, count: int) -> np.ndarray:
         """Numbers as they lie in the file."""
         size = self.dtype.itemsize
-        begin = self.begin + first * size
-        data = patient(lambda: os.pread(self._file, count * size, begin))
+        data = os.pread(file, count * size, self.begin + first * size)
         if len(data) < count * size:
             raise OSError(_CUT)
         return np.frombuffer(data, self.dtype)
-
-    def block(self, first: int, last: int) -> np.ndarray:
-        """The rows from `first` to before `last`."""
-        if not self.by_columns:
-            return self._numbers(first * self.width, (last - first) * self.width).reshape(
-                last - first, self.width
-            )
-        columns = [
-            self._numbers(column * self.count + first, last - first) for column in range(self.width)
-        ]
-        return np.stack(columns, axis=1)
 
     def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
         """The rows from first to last, some at a time, with the first one's number."""
@@ -94,9 +90,10 @@ class NpyTable:
         size = self.width * self.dtype.itemsize
         found = np.empty((len(rows), size), np.uint8)
         begins = (self.begin + rows.astype(np.int64) * size).tolist()
-        for into, at in zip(found, begins, strict=True):
-            if os.preadv(self._file, [into], at) < size:
-                raise OSError(_CUT)
+        with open(self.path, "rb", buffering=0) as file:
+            for into, at in zip(found, begins, strict=True):
+                if os.preadv(file.fileno(), [into], at) < size:
+                    raise OSError(_CUT)
         return found.view(self.dtype).astype(np.float32)
 
 

@@ -207,7 +207,7 @@ class PairList:
     def _read(self, begin: int, end: int) -> bytes:
         """A part of the list as it was at the start."""
         try:
-            data = _read(self._file, begin, end - begin)
+            data = patient(lambda: self._part(begin, end))
         except OSError as error:
             if self._seen is not None:  # which tells a list that is gone
                 self._seen.check(self._path, self._same)
@@ -215,6 +215,13 @@ class PairList:
         if self._seen is not None:
             self._seen.check(self._path, self._same)
         return data
+
+    def _part(self, begin: int, end: int) -> bytes:
+        try:
+            return os.pread(self._file, end - begin, begin)
+        except OSError:
+            self.__dict__.pop("_file", None)  # a network mount forgets open files: the next is new
+            raise
 
     def cells(self, row: int) -> tuple[str, str]:
         """Full picture path and caption of a row."""

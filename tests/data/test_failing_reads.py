@@ -202,6 +202,20 @@ def test_a_list_whose_disk_fails(tmp_path, monkeypatch, waits):
         source.read(1)
 
 
+def test_a_mount_that_forgets_open_files(tmp_path, monkeypatch, waits):
+    source = open_source(write_list(tmp_path, 4))
+    stale, pread = source._file, os.pread
+
+    def forgotten(file, *arguments):
+        if file == stale:
+            raise fault("ESTALE")
+        return pread(file, *arguments)
+
+    monkeypatch.setattr(os, "pread", forgotten)
+    assert source.read(1) == (picture(1), caption(1))
+    assert len(waits) == 1
+
+
 def test_a_mount_that_goes_away(tmp_path, monkeypatch, waits):
     source = open_source(write_list(tmp_path, 4))
     stat = os.stat

@@ -77,7 +77,7 @@ def steps(workdir: Path) -> list[int]:
 
 
 def wait_for_step(workdir: Path, step: int, launcher: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 400
     while not (workdir / "metrics.jsonl").exists() or max(steps(workdir), default=0) < step:
         assert launcher.poll() is None, launcher.communicate()
         assert time.monotonic() < deadline, finished(launcher, 0)
@@ -101,7 +101,7 @@ def test_local_goes_on_after_a_process_was_killed(tmp_path, options):
     launcher = machine.start("bash", "launch/local.sh", 2, *options, PORT=free_port())
     wait_for_step(tmp_path / "a run", EARLY, launcher)
     os.kill(trainer(launcher, 1), signal.SIGKILL)
-    result = finished(launcher, 300)
+    result = finished(launcher, 600)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "process 1 was ended by signal 9" in result.stderr
     assert result.stderr.count("all start again") == 1
@@ -116,12 +116,12 @@ def test_slurm_job_saves_and_goes_on(tmp_path, options):
     job = slurm.submit(*options)
     wait_for_step(tmp_path / "a run", EARLY, job)
     job.send_signal(signal.SIGTERM)
-    result = finished(job, 120)
+    result = finished(job, 300)
     assert result.returncode == 75, result.stderr[-3000:]
     assert slurm.queued_again()
     left = steps(tmp_path / "a run")[-1]
     assert EARLY <= left < STEPS
-    result = finished(slurm.submit(*options, restart=1), 300)
+    result = finished(slurm.submit(*options, restart=1), 600)
     assert result.returncode == 0, result.stderr[-3000:]
     assert f"Going on after step {left}" in result.stderr
     assert steps(tmp_path / "a run")[-1] == STEPS
@@ -137,7 +137,7 @@ def test_tpu_run_goes_on_without_its_script(tmp_path, options):
     os.killpg(script.pid, signal.SIGKILL)
     script.communicate()
     assert steps(tmp_path / "a run")[-1] < STEPS
-    result = finished(pod.pod(*options), 300)
+    result = finished(pod.pod(*options), 600)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "the run is on: following it" in result.stderr
     assert steps(tmp_path / "a run") == list(range(1, STEPS + 1))
