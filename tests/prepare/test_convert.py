@@ -226,7 +226,7 @@ def test_folders_of_others_and_two_at_once_are_refused(tmp_path, capsys):
     (tmp_path / "set").mkdir()
     with locked(tmp_path / "set"):
         assert main(["convert", path, "--out", str(tmp_path / "set")]) == 2
-    assert "another process" in capsys.readouterr().err
+    assert f"is in use by process {os.getpid()} on" in capsys.readouterr().err
 
 
 def test_all_unreadable_is_said(tmp_path):

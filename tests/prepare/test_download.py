@@ -317,7 +317,7 @@ def test_two_at_once_are_refused(tmp_path, fake, monkeypatch, capsys):
         holder.kill()
     with locked(fake / "download"):
         assert main(["download", path, "--out", str(fake)]) == 2
-    assert "another process works in" in capsys.readouterr().err
+    assert f"is in use by process {os.getpid()} on" in capsys.readouterr().err
 
 
 def test_another_list_and_folders_of_others_are_refused(tmp_path, fake, capsys):

@@ -122,6 +122,6 @@ def test_a_limit_above_the_length_is_told(told):
     for limit, expected in ((14, 1), (13, 0)):
         told.lines.clear()
         config = small_config("pairs.tsv", data__limit=limit)
-        Reporter(config, 100, told, told).source(source)
+        Reporter(config, 100, told, told).source(source, None)
         lines = [line for line in told.lines if "data.limit" in line]
         assert lines == ["  data.limit=14: there are only 13 pairs, and all are used"][:expected]
