@@ -62,9 +62,15 @@ def main() -> None:
                 np.savez(OUT / f"labels-{episode}.npz", **arrays)
             return translate(self, image, text, clusters)
 
+        def whole(trainer, tree):
+            """Host arrays, of parts that lie on several hosts too: all processes call it."""
+            return jax.device_get(jax.jit(lambda x: x, out_shardings=trainer.replicated)(tree))
+
         def closed(self):
-            if jax.process_index() == 0 and self.done == self.config.total_steps:
-                leaves = jax.tree_util.tree_leaves_with_path(self.state)
+            over = self.done == self.config.total_steps
+            state = whole(self, self.state) if over else None
+            if jax.process_index() == 0 and over:
+                leaves = jax.tree_util.tree_leaves_with_path(state)
                 arrays = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
                 np.savez(OUT / "state.npz", **arrays)
             close(self)
@@ -84,7 +90,7 @@ def main() -> None:
         train_episode = loop.Trainer.train_episode
 
         def noted(self):
-            leaves = jax.tree.leaves(jax.device_get(self.state["params"]))
+            leaves = jax.tree.leaves(whole(self, self.state["params"]))
             digest = hashlib.sha256(b"".join(leaf.tobytes() for leaf in leaves)).hexdigest()
             with (OUT / f"hashes-{jax.process_index()}.txt").open("a") as file:
                 file.write(f"{self.done} {digest}\n")

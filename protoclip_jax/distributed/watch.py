@@ -74,7 +74,8 @@ class Watch:
 
     def wait_for_cause(self) -> None:
         """After an error of the runtime: gives the watch time to find a process that was lost."""
-        self._over.wait(SILENT + 4 * BEAT)
+        if self._over.wait(SILENT + 4 * BEAT):
+            time.sleep(10 * BEAT)  # the watch is about to end this process, in its own words
 
     def _publish(self, process: int, text: str, code: int) -> None:
         message = json.dumps({"process": process, "text": text, "code": code})

@@ -155,6 +155,17 @@ def test_a_process_that_was_stopped_for_long_learns_that_the_others_left(quick, 
     assert "took this one for lost" in capsys.readouterr().err
 
 
+def test_an_error_that_follows_from_a_loss_stays_untold(quick):
+    """The main thread meets an error of the network first, and waits for the watch to end it."""
+    store = Store()
+    watch = Watch(store, 0, ["a", "b"])
+    waited = threading.Thread(target=watch.wait_for_cause)
+    waited.start()
+    wait(lambda: quick == {0: LOST})
+    assert waited.is_alive()  # still after the verdict, until the process is gone
+    waited.join(5)
+
+
 def test_done_is_not_lost(quick):
     store = Store()
     watch = Watch(store, 0, ["a", "b"])
