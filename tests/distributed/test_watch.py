@@ -158,8 +158,10 @@ def test_a_process_that_was_stopped_for_long_learns_that_the_others_left(quick, 
 def test_an_error_that_follows_from_a_loss_stays_untold(quick):
     """The main thread meets an error of the network first, and waits for the watch to end it."""
     store = Store()
-    watch = Watch(store, 0, ["a", "b"])
-    waited = threading.Thread(target=watch.wait_for_cause)
+    watch = [Watch(store, index, ["a", "b"]) for index in range(2)]
+    time.sleep(0.1)
+    watch[1]._over.set()  # killed
+    waited = threading.Thread(target=watch[0].wait_for_cause)
     waited.start()
     wait(lambda: quick == {0: LOST})
     assert waited.is_alive()  # still after the verdict, until the process is gone
