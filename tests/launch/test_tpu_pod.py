@@ -76,11 +76,12 @@ def test_log_of_worker_0_is_shown(pod):
 def test_lost_connection_neither_ends_nor_doubles_the_run(pod):
     """gcloud itself repeats a command whose connection broke, and then nothing can be reached."""
     pod.plans("after go 0", "after go 0")
-    pod.goes_wrong("drop", 4)  # two starts, then two times the log
+    pod.goes_wrong("drop-start", 2)
+    pod.goes_wrong("drop-follow", 2)
     process = pod.pod()
     wait_for(pod.plan / "started-0-1")
     wait_for(pod.plan / "started-1-1")
-    wait_until(lambda: (pod.cloud / "drop").read_text() == "0")
+    wait_until(lambda: (pod.cloud / "drop-follow").read_text() == "0")
     pod.goes_wrong("offline", 6)
     os.kill(follower(pod), signal.SIGPIPE)  # as where nobody reads any more
     wait_until(lambda: (pod.cloud / "offline").read_text() == "0")
