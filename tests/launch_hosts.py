@@ -198,20 +198,34 @@ class Cloud(Machine):
     def home(self, worker: int):
         return self.cloud / f"worker-{worker}"
 
+    def close(self) -> None:
+        """Ends what a failed test left on the workers, where each run is a group of its own."""
+        for leader in self.cloud.glob("worker-*/protoclip_jax.runs/*/leader"):
+            number = int(leader.read_text())
+            if "protoclip_jax" in command_line(number):
+                os.killpg(number, signal.SIGKILL)
+
     def run_folders(self, worker: int) -> list:
         return [
             path for path in (self.home(worker) / "protoclip_jax.runs").iterdir() if path.is_dir()
         ]
 
 
-def wait_for(path: Path, seconds: float = 20) -> None:
+def command_line(number: int) -> str:
+    try:
+        return Path(f"/proc/{number}/cmdline").read_text()
+    except OSError:
+        return ""
+
+
+def wait_for(path: Path, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not path.exists():
         assert time.monotonic() < deadline, f"{path} did not come"
         time.sleep(0.02)
 
 
-def finished(process: subprocess.Popen, seconds: float = 60) -> subprocess.CompletedProcess:
+def finished(process: subprocess.Popen, seconds: float = 120) -> subprocess.CompletedProcess:
     """Waits for a launcher; ends it, and what it started, where it does not end by itself."""
     try:
         out, error = process.communicate(timeout=seconds)

@@ -8,7 +8,7 @@ import subprocess
 import time
 
 import pytest
-from launch_hosts import EXIT_CODES, Machine, alive, finished, other
+from launch_hosts import EXIT_CODES, Machine, alive, descendants, finished, other
 
 
 @pytest.fixture
@@ -84,12 +84,16 @@ def typed(machine, *presses: float):
     )
     os.close(follower)
     machine.wait_for_start(0, 1)
-    for seconds in presses:
-        time.sleep(seconds)
-        os.write(leader, b"\x03")
-    code = process.wait(30)
-    os.close(leader)
-    return code
+    try:
+        for seconds in presses:
+            time.sleep(seconds)
+            os.write(leader, b"\x03")
+        return process.wait(60)
+    finally:
+        if process.poll() is None:
+            for number in [process.pid, *descendants(process.pid)]:
+                os.kill(number, signal.SIGKILL)
+        os.close(leader)
 
 
 def test_ctrl_c_of_a_terminal(machine):

@@ -128,8 +128,14 @@ def test_slurm_job_saves_and_goes_on(tmp_path, options):
     assert not slurm.queued_again()
 
 
-def test_tpu_run_goes_on_without_its_script(tmp_path, options):
-    pod = Cloud(tmp_path)
+@pytest.fixture
+def pod(tmp_path):
+    cloud = Cloud(tmp_path)
+    yield cloud
+    cloud.close()
+
+
+def test_tpu_run_goes_on_without_its_script(pod, tmp_path, options):
     real(pod)
     pod.environment["TINY_PORT"] = str(free_port())
     script = pod.pod(*options)

@@ -40,7 +40,7 @@ def test_codes_of_an_earlier_start_do_not_count(slurm):
     """Slurm's numbers come again one day, and a killed script leaves its files."""
     old = slurm.checkout / ".cache" / "slurm" / "77.0"
     old.mkdir(parents=True)
-    (old / "exit-1").write_text("1\n")
+    (old / "exit-5").write_text("1\n")
     slurm.plans("76", "76")
     assert finished(slurm.submit()).returncode == 76
     assert slurm.queued_again()

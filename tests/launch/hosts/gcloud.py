@@ -3,7 +3,7 @@
 In FAKE_CLOUD: `state` (the slice's; absent: there is none), `calls` (what was asked), worker-N, and
 what goes wrong, each a file:
   offline      nothing can be reached, for as many calls as the number in it
-  drop         the connection breaks while this many commands of `follow` or `start` run: what they
+  drop-start, drop-follow   the connection breaks while so many commands of worker.sh run: what they
                started goes on, ssh ends with 255, and gcloud runs the command again, as it does
   unreachable  worker number that no ssh comes to
   create-fails  no capacity, for as many calls as the number in it
@@ -14,7 +14,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 CLOUD = Path(os.environ["FAKE_CLOUD"])
@@ -40,22 +39,25 @@ def ssh(worker: int, command: str, out) -> int:
         name: os.environ[name] for name in os.environ if not name.startswith(("NAME", "SLURM"))
     } | {"HOME": str(home), "TPU_WORKER_ID": str(worker)}
     for _ in range(10):
+        verb = next((word for word in ("start", "follow") if f" {word} " in command), None)
+        breaks = verb is not None and used_up(f"drop-{verb}")
         remote = subprocess.Popen(
             ["bash", "-c", command],
             cwd=home,
             env=environment,
             stdin=subprocess.DEVNULL,
-            stdout=out,
+            stdout=subprocess.PIPE if breaks else out,
             stderr=subprocess.STDOUT,
         )
-        if (CLOUD / "drop").exists() and (" follow " in command or " start " in command):
-            time.sleep(0.1)
-            if used_up("drop"):
-                print(f"Retrying: SSH command error to worker {worker}", file=sys.stderr)
-                if " follow " in command:
-                    remote.kill()
-                continue
-        return remote.wait()
+        if not breaks:
+            return remote.wait()
+        # What came before the connection broke has been shown: the head and a line of the log.
+        for _ in range(2 if verb == "follow" else 1):
+            sys.stdout.write(remote.stdout.readline().decode())
+        sys.stdout.flush()
+        remote.stdout.close()
+        remote.kill()
+        print(f"Retrying: SSH command error to worker {worker}", file=sys.stderr)
     return 255
 
 
