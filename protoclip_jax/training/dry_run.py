@@ -8,6 +8,7 @@ import numpy as np
 from clu import parameter_overview
 
 from protoclip_jax.config import Config
+from protoclip_jax.objectives.prototype import chunk_rows, working_bytes
 from protoclip_jax.training import schedule, state, step
 from protoclip_jax.training.phases import phase_of
 
