@@ -48,7 +48,7 @@ _COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0.
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "This process's number, from 0.")
 _DRY_RUN = flags.DEFINE_bool(
-    "dry_run", False, "Show shapes, memory, schedule, phases; no training."
+    "dry_run", False, "Show shapes, memory, schedule, phases, data; no training."
 )
 
 
@@ -82,7 +82,9 @@ def run(argv: Sequence[str]) -> int:
             for line in idle_options.told(config):
                 print(f"protoclip_jax: {line}", file=sys.stderr)
         if _DRY_RUN.value:
-            print(dry_run.describe(config))
+            # The plan is of use also where the data are not at hand.
+            print(dry_run.describe(config), flush=True)
+            print(f"\n{dry_run.data(config)}")
         else:
             if jax.process_index() == 0:
                 print(f"protoclip_jax: {devices}", file=sys.stderr)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
@@ -14,7 +15,7 @@ from tiny_run import CONFIGS, metrics, small_config, tiny_models, write_pairs  #
 import protoclip_jax
 from protoclip_jax import main
 from protoclip_jax.config import ConfigError
-from protoclip_jax.training import loop
+from protoclip_jax.training import dry_run, loop
 from protoclip_jax.training.logging import read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -95,22 +96,42 @@ def test_home_folder_of_a_loaded_run(monkeypatch):
         protoclip_jax.load("~/runs/x")
 
 
-def test_dry_run_shows_the_plan_without_training():
-    result = command("--config=configs/cc3m_single_gpu.py", "--dry_run", "--config.data.threads=3")
-    assert result.returncode == 0, result.stderr
+def test_dry_run_shows_the_plan_also_where_the_data_are_missing():
+    # conftest gives this process, and so the command, eight devices.
+    result = command(
+        "--config=configs/cc3m_single_gpu.py",
+        "--dry_run",
+        "--config.data.threads=3",
+        "--config.data.train=x.tsv",
+        "--config.mesh.fsdp=4",
+    )
+    assert result.returncode == 2
     told = [line for line in result.stderr.splitlines() if line.startswith("protoclip_jax: ")]
-    assert told == ["protoclip_jax: of no effect: data.threads=3: data.workers=8 decode"]
-    for part in ("2 to 98", "99 to 100", "locked", "Memory of a device", "Learning rate"):
+    assert told[0] == "protoclip_jax: of no effect: data.threads=3: data.workers=8 decode"
+    assert len(told) == 2
+    assert "config.data.train=x.tsv" in told[1]
+    for part in (
+        "mesh data 2 x fsdp 4",
+        "2 to 98",
+        "99 to 100",
+        "locked",
+        "Memory of a device",
+        "Learning rate",
+    ):
         assert part in result.stdout, result.stdout
 
 
-def test_dry_run_over_devices_that_share_parameters():
-    # conftest gives this process, and so the command, eight devices.
-    result = command(
-        "--config=configs/cc3m.py", "--dry_run", "--config.data.train=x.tsv", "--config.mesh.fsdp=4"
-    )
-    assert result.returncode == 0, result.stderr
-    assert "mesh data 2 x fsdp 4" in result.stdout
+@pytest.mark.usefixtures("tiny_models")
+def test_dry_run_opens_data_and_teacher(tmp_path):
+    pairs, teacher = write_pairs(tmp_path / "data"), tmp_path / "teacher.npy"
+    np.save(teacher, np.ones((40, 5), np.float32))
+    given = {"objective__external": 1, "data__teacher": teacher}
+    told = dry_run.data(small_config(pairs, num_devices=8, **given))
+    assert "40 pairs of" in told
+    assert "teacher.npy: 40 rows of 5 numbers" in told
+    assert "image cache: pixels" in told
+    with pytest.raises(ConfigError, match=r"config\.data\.teacher=.*pairs\.tsv"):
+        dry_run.data(small_config(pairs, num_devices=8, **given | {"data__teacher": pairs}))
 
 
 @pytest.mark.usefixtures("tiny_models")

@@ -1,7 +1,9 @@
 """What a recipe would do: shapes, memory, schedule and phases, without allocating or training."""
 
 import math
+import tempfile
 from itertools import groupby
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -10,7 +12,9 @@ from clu import parameter_overview
 from protoclip_jax.config import Config
 from protoclip_jax.objectives.prototype import chunk_rows, working_bytes
 from protoclip_jax.training import schedule, state, step
+from protoclip_jax.training.input import Input
 from protoclip_jax.training.phases import phase_of
+from protoclip_jax.training.reporter import source_lines
 
 
 def describe(config: Config) -> str:
@@ -28,12 +32,35 @@ def describe(config: Config) -> str:
     return "\n\n".join(parts)
 
 
+def data(config: Config) -> str:
+    """What the run would read, as text: opens source and teacher, decodes a few images.
+
+    Raises:
+        ConfigError: What the recipe names cannot be read, or does not fit it.
+        Unreachable: Remote storage gave no answer for minutes.
+    """
+    model = state.model_of(config)
+    size, length = model.vision.image_size, model.text.context_length
+    with tempfile.TemporaryDirectory() as folder:
+        opened = Input(config, size, length, state.make_mesh(config.mesh.fsdp), Path(folder))
+        lines = ["Data", *source_lines(config, opened.source, opened.teacher)]
+        if opened.teacher is not None:
+            teacher = opened.teacher
+            rows = 4 * config.extracted * teacher.width / 1e6
+            lines.append(
+                f"teacher {teacher.path}: {len(teacher):,} rows of {teacher.width} numbers; "
+                f"{rows:.1f} MB of a device while an episode's are clustered"
+            )
+        lines += opened.plan_cache().lines()
+    return "\n  ".join(lines)
+
+
 def _parameters(like: dict) -> str:
     """clu's overview, summed by the children of the model and its image tower."""
     rows = [f"{'Parameters':<28}{'number':>14}{'MB, float32':>14}"]
     total = 0
     for name, tree in like["params"].items():
-        count = parameter_overview.count_parameters({name: tree})
+        count = int(parameter_overview.count_parameters({name: tree}))
         total += count
         rows.append(f"  {name:<26}{count:>14,}{4 * count / 1e6:>14.1f}")
     rows.append(f"  {'all':<26}{total:>14,}{4 * total / 1e6:>14.1f}")
@@ -56,7 +83,11 @@ def _memory(config: Config, like: dict, mesh) -> str:
         "parameters": held(like["params"], places["params"]),
         "gradients": held(like["params"], places["params"]),
         "optimizer": held(like["opt_state"], places["opt_state"]),
-        f"pictures ({rows_here} x {size} x {size} x 3, float32)": 4 * rows_here * size * size * 3,
+        f"images ({rows_here} x {size} x {size} x 3, uint8 and float32)": 5
+        * rows_here
+        * size
+        * size
+        * 3,
         f"contrastive logits (2 x {rows_here} x {config.optimizer.batch})": 8
         * rows_here
         * config.optimizer.batch,
@@ -67,6 +98,9 @@ def _memory(config: Config, like: dict, mesh) -> str:
             8 * config.episode.size * width
         )
         items[f"prototypes (4 x {k} x {width})"] = 16 * k * width
+        if config.uses_teacher:
+            external = config.external_prototypes
+            items[f"prototypes of the teacher (2 x {external} x {width})"] = 8 * external * width
         rows = chunk_rows(rows_here, k)
         items[f"prototype loss ({rows} of {rows_here} rows at a time x {k})"] = working_bytes(
             rows_here, k, width, soft=config.objective.temperature is not None

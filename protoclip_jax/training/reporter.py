@@ -135,24 +135,9 @@ class Reporter:
 
     def source(self, source: PairSource, teacher: Teacher | None) -> None:
         """Tells how many pairs there are, which rows of a list are none, and what looks wrong."""
-        self._progress.say(f"{len(source):,} pairs of {source.name}.")
-        for reason, dropped in getattr(source, "report", {}).items():
-            self._progress.say(f"  left out, {reason}: {dropped}")
-        limit = self._config.data.limit
-        if line := needless_limit(len(source), limit):
-            self._progress.say(f"  data.limit={limit:,}: {line}")
-        if teacher is not None and teacher.note is None:
-            self._progress.say(
-                f"  {teacher.path} says not which pairs it was made for: only its number of rows "
-                "could be checked"
-            )
-        points = self._config.extracted / self._config.episode.prototypes
-        if len(self._config.prototype_episodes) and points < FEW_POINTS:
-            self._progress.say(
-                f"  only {points:.1f} pairs are clustered for each prototype; below {FEW_POINTS} "
-                "prototypes turn into single pairs: lower episode.prototypes, or raise "
-                "episode.size or episode.online"
-            )
+        first, *rest = source_lines(self._config, source, teacher)
+        self._progress.say(first)
+        self.lines(rest)
 
     def lines(self, lines: Sequence[str]) -> None:
         """Tells what another room has to say."""
@@ -222,6 +207,29 @@ class Reporter:
             f'or in Python: model = protoclip_jax.load("{workdir}"); '
             'model.encode_text(["a red kite"])'
         )
+
+
+def source_lines(config: Config, source: PairSource, teacher: Teacher | None) -> list[str]:
+    """How many pairs there are, which rows of a list are none, and what looks wrong."""
+    lines = [f"{len(source):,} pairs of {source.name}."]
+    lines += [
+        f"left out, {why}: {dropped}" for why, dropped in getattr(source, "report", {}).items()
+    ]
+    if line := needless_limit(len(source), config.data.limit):
+        lines.append(f"data.limit={config.data.limit:,}: {line}")
+    if teacher is not None and teacher.note is None:
+        lines.append(
+            f"{teacher.path} says not which pairs it was made for: only its number of rows could "
+            "be checked"
+        )
+    points = config.extracted / config.episode.prototypes
+    if len(config.prototype_episodes) and points < FEW_POINTS:
+        lines.append(
+            f"only {points:.1f} pairs are clustered for each prototype; below {FEW_POINTS} "
+            "prototypes turn into single pairs: lower episode.prototypes, or raise episode.size "
+            "or episode.online"
+        )
+    return lines
 
 
 def cluster_numbers(clusters: dict[str, Clusters]) -> dict[str, float]:
