@@ -135,7 +135,17 @@ def test_dry_run_opens_data_and_teacher(tmp_path):
 
 
 @pytest.mark.usefixtures("tiny_models")
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(
+            path,
+            id=path.stem,
+            marks=() if path.stem in ("cc3m", "quickstart") else pytest.mark.slow,
+        )
+        for path in sorted(CONFIGS.glob("*.py"))
+    ],
+)
 def test_every_recipe_trains_two_steps(path, tmp_path):
     """Shrunken; the published ones on a small list of pictures."""
     pairs = write_pairs(tmp_path / "data")

@@ -15,8 +15,8 @@ pytestmark = pytest.mark.core
 VALUES, GRADIENTS = 1e-4, 5e-4
 FILES = [
     "models_clip_vit_headnone",
-    "models_clip_vit_head0",
-    "models_clip_vit_head1",
+    pytest.param("models_clip_vit_head0", marks=pytest.mark.slow),
+    pytest.param("models_clip_vit_head1", marks=pytest.mark.slow),  # its head is the ResNet's too
     "models_clip_vit_head2",
     "models_clip_rn_head1",
 ]

@@ -62,11 +62,15 @@ def one_step(config, shape):
 
 
 @pytest.mark.parametrize(
-    "shapes",
-    [((8, 1), (4, 2)), pytest.param(((2, 1), (4, 1), (1, 4)), marks=pytest.mark.slow)],
+    ("name", "shapes"),
+    [
+        ("test-rn", ((8, 1),)),
+        ("test-vit", ((4, 2),)),
+        pytest.param("test-rn", ((2, 1), (4, 1), (1, 4), (4, 2)), marks=pytest.mark.slow),
+        pytest.param("test-vit", ((2, 1), (4, 1), (1, 4), (8, 1)), marks=pytest.mark.slow),
+    ],
     ids=str,
 )
-@pytest.mark.parametrize("name", ["test-vit", "test-rn"])
 def test_one_and_several_devices_give_the_same_loss_and_gradients(name, shapes, tmp_path):
     config = small_config(
         tmp_path / "none.tsv",

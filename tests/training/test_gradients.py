@@ -80,7 +80,8 @@ def test_parts_equal_the_whole_where_rows_do_not_mix(devices):
 
 
 @pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 4])
-@pytest.mark.parametrize("name", ["test-vit", pytest.param("test-rn", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["test-vit", "test-rn"])
 def test_parts_are_groups_of_batch_statistics(name, devices):
     """Their statistics are those of groups of that size, and move once; a ViT has heads only."""
     settings = {"model__name": name}

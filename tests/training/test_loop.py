@@ -100,7 +100,8 @@ def test_stopped_run_goes_on_bit_for_bit(pairs, tmp_path, monkeypatch):
         assert untimed(left) == untimed(right)
 
 
-@pytest.mark.parametrize("name", ["test-vit", pytest.param("test-rn", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["test-vit", "test-rn"])
 def test_locked_episode_moves_only_the_text_tower(pairs, tmp_path, name):
     settings = {"episode__count": 2, "episode__warmup": 1, "episode__locked": 1}
     config = small_config(pairs, num_devices=8, model__name=name, **settings)
@@ -124,6 +125,7 @@ def test_locked_episode_moves_only_the_text_tower(pairs, tmp_path, name):
     assert_equal_trees(before["batch_stats"], after["batch_stats"])
 
 
+@pytest.mark.slow
 def test_plain_clip_runs_on_the_same_code(pairs, tmp_path):
     config = small_config(
         pairs, num_devices=8, model__projection="none", episode__count=1, episode__warmup=0
