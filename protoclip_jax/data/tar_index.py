@@ -141,7 +141,8 @@ def _load(stem: Path, states: list[State]) -> TarIndex | None:
     """A kept index; None where there is none, or it is damaged."""
     path = f"{stem}.npy"
     try:
-        notes = json.loads(Path(f"{stem}.json").read_text(encoding="utf-8"))
+        told, _, text = Path(f"{stem}.json").read_bytes().partition(b"\n")
+        notes = json.loads(text)
         entries = np.load(path, mmap_mode="r", allow_pickle=False)
         index = TarIndex(
             path,
@@ -152,7 +153,8 @@ def _load(stem: Path, states: list[State]) -> TarIndex | None:
             states,
             list(map(str, notes["digests"])),
         )
-        whole = notes["entries"] == _hash(entries.view(np.uint8)) and _fits(index)
+        whole = told.decode() == _hash(text) and _fits(index)
+        whole = whole and notes["entries"] == _hash(entries.view(np.uint8))
     except OSError:
         return None  # nothing there, or nothing that we may read
     except Exception:  # what damage does to JSON and numpy's files, they tell in many ways
@@ -244,7 +246,8 @@ def _keep(raw: io.BufferedIOBase, rows: int, index: TarIndex, stem: Path) -> str
         "report": {reason: dataclasses.asdict(left) for reason, left in index.report.items()},
     }
     with _named_when_whole(f"{stem}.json") as file:
-        file.write(json.dumps(notes).encode())
+        text = json.dumps(notes).encode()
+        file.write(f"{_hash(text)}\n".encode() + text)
     return path
 
 
