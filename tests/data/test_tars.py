@@ -488,6 +488,7 @@ def test_hosts_with_equal_process_ids_make_one_index(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", late)
     for source in (open_source(folder), *others):
         assert len(others) == 2
+        assert Path(source._path).parent == Path(folder) / ".protoclip_tars"
         assert source.read(2) == (picture(2), caption(2))
     assert [file.suffix for file in index_files(Path(folder))] == [".json", ".npy"]
 
