@@ -183,7 +183,8 @@ def note(folder: Path, data: bytes) -> None:
 
 def meta(folder: Path, data: bytes) -> None:
     (folder / "meta.json").write_bytes(data)
-    (folder / array_records.shard_name(0, 1)).write_bytes(bytes(1000))
+    for place in (folder, folder.parent):  # outside of the set's folder, too
+        (place / array_records.shard_name(0, 1)).write_bytes(bytes(1000))
     source = array_records.ArrayRecordPairs(folder)
     assert len(source) < 2**40
     for file in source._files():
