@@ -210,8 +210,15 @@ def _refuse_against_parity(values: dict[str, Any]) -> None:
 
 
 def from_flat(values: dict[str, Any]) -> Config:
-    """The `Config` that `flatten` of its dict came from, as workdirs store it."""
-    return _build(Config, values)
+    """The `Config` that `flatten` of its dict came from, as workdirs store it.
+
+    Raises:
+      ConfigError: a value is of another type than its option.
+    """
+    options = {name: (kind, optional) for name, kind, optional in option_types()}
+    known = {name: value for name, value in values.items() if name in options}
+    checked = {name: _checked(name, value, *options[name]) for name, value in known.items()}
+    return _build(Config, checked)
 
 
 def _section(recipe: ml_collections.ConfigDict, path: str) -> tuple[ml_collections.ConfigDict, str]:

@@ -8,6 +8,8 @@ A set is a folder:
   source, shorter side and encoding, and the fingerprint.
 - `outcomes/` and `unreadable.tsv`: what became of every row of the source.
 
+meta.json is believed only where it has what it should, and names files of its own folder alone.
+
 A set in a bucket is read where it lies (see `record_files`).
 """
 
@@ -17,7 +19,7 @@ import os
 import struct
 from collections.abc import Iterable
 
-from protoclip_jax.data.decoding import UnreadableImage
+from protoclip_jax.data.decoding import BROKEN, UnreadableImage
 from protoclip_jax.data.left_out import LeftOut
 from protoclip_jax.data.record_files import RecordFile, RecordFiles, opened
 from protoclip_jax.data.seen_files import SeenFiles
@@ -43,10 +45,17 @@ def pack(row: int, caption: str, picture: bytes) -> bytes:
 
 
 def unpack(record: bytes) -> tuple[int, str, bytes]:
-    """Row in the source, caption and picture's file of a record."""
-    row, length = _HEAD.unpack_from(record)
-    end = _HEAD.size + length
-    return row, record[_HEAD.size : end].decode(), record[end:]
+    """Row in the source, caption and picture's file of a record.
+
+    Raises:
+      UnreadableImage: it is none of `pack`.
+    """
+    try:
+        row, length = _HEAD.unpack_from(record)
+        end = _HEAD.size + length
+        return row, record[_HEAD.size : end].decode(), record[end:]
+    except (struct.error, UnicodeDecodeError) as error:
+        raise UnreadableImage(BROKEN, f"a record that is none of a pair: {error}") from error
 
 
 def shard_name(number: int, count: int) -> str:
@@ -169,6 +178,8 @@ def _read_meta(folder: str) -> dict:
     path = os.path.join(folder, META)
     try:
         text = objects.read_text(path)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is damaged or not made by `prepare convert`") from error
     except FileNotFoundError:
         if objects.is_file(os.path.join(folder, SETTINGS)):
             raise ValueError(
@@ -178,8 +189,34 @@ def _read_meta(folder: str) -> dict:
     try:
         meta = json.loads(text)
         known = meta["format"], meta["version"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged or not made by `prepare convert`") from error
     if known != (FORMAT, VERSION):
         raise ValueError(f"{path} is {known[0]!r} version {known[1]}, wanted {FORMAT!r} {VERSION}")
+    if not _is_whole(meta):
+        raise ValueError(f"{path} is damaged: copy it again, or run `prepare convert` again")
     return meta
+
+
+def _is_whole(meta: dict) -> bool:
+    """Whether meta.json has what is read of it, and names no file outside of its folder."""
+    shards, unreadable = meta.get("shards"), meta.get("unreadable")
+    return (
+        isinstance(meta.get("fingerprint"), str)
+        and isinstance(meta.get("source"), str)
+        and isinstance(shards, list)
+        and all(_has(shard, file=str, digest=str, pairs=int, bytes=int) for shard in shards)
+        and all(os.path.basename(shard["file"]) == shard["file"] for shard in shards)
+        and all(0 <= shard["pairs"] <= shard["bytes"] for shard in shards)
+        and isinstance(unreadable, dict)
+        and all(_has(entry, count=int, examples=list) for entry in unreadable.values())
+        and all(
+            isinstance(text, str) for entry in unreadable.values() for text in entry["examples"]
+        )
+    )
+
+
+def _has(entry, **kinds: type) -> bool:
+    return isinstance(entry, dict) and all(
+        isinstance(entry.get(name), kind) for name, kind in kinds.items()
+    )

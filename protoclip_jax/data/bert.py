@@ -2,6 +2,8 @@
 
 import functools
 import json
+import math
+import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,24 +15,65 @@ import tokenizers
 from jaxtyping import Array, Float, Int
 
 _TYPES = {"F32": np.float32, "F16": np.float16, "F64": np.float64, "I64": np.int64}
+_NEEDED = (
+    "hidden_size",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "layer_norm_eps",
+    "max_position_embeddings",
+)
+_MOST_HEADER = 2**26  # bytes
+_MOST_AXES = 8
 _TOKENS = 2048  # a call of the model, padding included
 _SHORTEST = 8  # tokens a row; rows are padded to this or the next power of two
 
 
 def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
-    """Arrays of a .safetensors file by name: a header of JSON, then plain numbers."""
-    content = np.memmap(path, np.uint8, "r")
-    end = 8 + int(content[:8].view("<u8")[0])
-    header = json.loads(content[8:end].tobytes())
-    header.pop("__metadata__", None)
-    arrays = {}
-    for name, entry in header.items():
-        if entry["dtype"] not in _TYPES:
-            raise ValueError(f"{path}: {name} is {entry['dtype']}, wanted {', '.join(_TYPES)}")
-        first, last = entry["data_offsets"]
-        numbers = content[end + first : end + last].tobytes()
-        arrays[name] = np.frombuffer(numbers, _TYPES[entry["dtype"]]).reshape(entry["shape"])
+    """Arrays of a .safetensors file by name: a header of JSON, then plain numbers.
+
+    Raises:
+      OSError: it cannot be read.
+      ValueError: it is damaged, or holds another type of numbers.
+    """
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(size - 8, _MOST_HEADER):
+            raise ValueError(f"{path} is cut short, or no .safetensors file")
+        try:
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            places = {name: _place(entry) for name, entry in header.items()}
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{path} is damaged, or no .safetensors file: {error}") from error
+        # Parts that overlap would need more memory than the file has bytes.
+        if sum(last - first for _, _, first, last in places.values()) > size - 8 - length:
+            raise ValueError(f"{path} is cut short, or its arrays overlap")
+        arrays = {}
+        for name, (dtype, shape, first, last) in places.items():
+            file.seek(8 + length + first)
+            numbers = file.read(last - first)
+            if len(numbers) < last - first:
+                raise ValueError(f"{path} is cut short: {name} is not all there")
+            arrays[name] = np.frombuffer(numbers, dtype).reshape(shape)
     return arrays
+
+
+def _place(entry: dict) -> tuple[np.dtype, tuple[int, ...], int, int]:
+    """Type, shape, and first and last byte of an array, which fit together.
+
+    Raises:
+      ValueError, TypeError, KeyError: they do not.
+    """
+    if entry["dtype"] not in _TYPES:
+        raise ValueError(f"numbers are {entry['dtype']!r}, wanted {', '.join(_TYPES)}")
+    dtype, shape = np.dtype(_TYPES[entry["dtype"]]), tuple(entry["shape"])
+    first, last = entry["data_offsets"]
+    if not all(type(number) is int and number >= 0 for number in (*shape, first, last)):
+        raise ValueError(f"the shape {shape} from byte {first} to {last}")
+    if len(shape) > _MOST_AXES or math.prod(shape) * dtype.itemsize != last - first:
+        raise ValueError(f"{last - first} bytes for the shape {shape}")
+    return dtype, shape, first, last
 
 
 def _linear(params: dict, name: str, x: Float[Array, "b t c"]) -> Float[Array, "b t e"]:
@@ -96,8 +139,14 @@ class Bert:
     """
 
     def __init__(self, folder: str | Path):
+        """Reads the folder.
+
+        Raises:
+          OSError: a file is missing.
+          ValueError: one is damaged, or of another model.
+        """
         folder = Path(folder)
-        config = json.loads((folder / "config.json").read_text())
+        config = _config(folder / "config.json", *_NEEDED)
         wanted = {
             "model_type": "bert",
             "hidden_act": "gelu",
@@ -109,7 +158,7 @@ class Bert:
                     f"{folder}/config.json: {key} is {config[key]!r}, wanted {value!r}"
                 )
         self.width = config["hidden_size"]
-        self._tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self._tokenizer = _tokenizer(folder / "tokenizer.json")
         self._tokenizer.no_padding()
         self._longest = _longest(folder, config)
         self._tokenizer.enable_truncation(self._longest)
@@ -126,6 +175,13 @@ class Bert:
             eps=config["layer_norm_eps"],
         )
         self._model = jax.jit(model)
+        try:
+            jax.eval_shape(self._model, self._params, np.zeros((1, _SHORTEST), np.int32))
+        except Exception as error:  # a missing array or one of another shape, told in many ways
+            what = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            raise ValueError(
+                f"{folder}/model.safetensors is not of the model in config.json ({what[:200]})"
+            ) from error
 
     def __call__(self, captions: Sequence[str]) -> Float[np.ndarray, "n e"]:
         """Features of the captions, float32, rows in their order."""
@@ -155,5 +211,36 @@ def _batches(lengths: Sequence[int], longest: int) -> Iterator[tuple[tuple[int, 
 def _longest(folder: Path, config: dict) -> int:
     """Tokens that the model takes: sentence-transformers' limit where the folder states one."""
     stated = folder / "sentence_bert_config.json"
-    longest = json.loads(stated.read_text()).get("max_seq_length") if stated.exists() else None
+    longest = _config(stated).get("max_seq_length") if stated.exists() else None
     return longest or config["max_position_embeddings"]
+
+
+def _config(path: Path, *numbers: str) -> dict:
+    """A file of settings, which has these numbers.
+
+    Raises:
+      OSError: there is none.
+      ValueError: it is damaged, or lacks a number.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    lacking = [
+        name for name in numbers if not isinstance(found, dict) or not _above_zero(found, name)
+    ]
+    if lacking or not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged, or of another model: no {', '.join(lacking)}")
+    return found
+
+
+def _above_zero(found: dict, name: str) -> bool:
+    return isinstance(found.get(name), int | float) and found[name] > 0
+
+
+def _tokenizer(path: Path) -> tokenizers.Tokenizer:
+    text = path.read_bytes()
+    try:
+        return tokenizers.Tokenizer.from_buffer(text)
+    except Exception as error:  # the package raises no other
+        raise ValueError(f"{path} is damaged, or of another model: {error}") from error

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -106,18 +107,10 @@ def open_table(path: str | Path, rows: int) -> NpyTable:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: not a .npy file, an object array (never loaded: it can run code), or no table of
-        floating-point numbers.
+      ValueError: not a .npy file, an object array (never loaded: it can run code), no table of
+        floating-point numbers, or one that is cut short.
     """
-    try:
-        features = np.lib.format.open_memmap(path, mode="r")  # not a number is read through it
-    except ValueError as error:
-        if "Python objects" in str(error):
-            raise ValueError(
-                f"{path} is an object array, which loading could run code from: save a plain "
-                "array of float32 instead"
-            ) from None
-        raise ValueError(f"{path} is not a .npy file that can be mapped ({error})") from None
+    features = _mapped(path)
     if features.ndim != 2 or features.dtype.kind != "f" or not features.shape[1]:
         raise ValueError(
             f"{path} holds {features.dtype} of shape {features.shape}: wanted floating-point "
@@ -132,3 +125,22 @@ def open_table(path: str | Path, rows: int) -> NpyTable:
         by_columns=not features.flags.c_contiguous,
         begin=features.offset,
     )
+
+
+def _mapped(path: str | Path) -> np.memmap:
+    """The file's array, for what its head says: not a number is read through the map."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on heads that Python 2 wrote, or that are rubbish
+            features = np.lib.format.open_memmap(path, mode="r")
+    except OSError:
+        raise
+    except Exception as error:  # a head is Python's syntax, whose parser fails in many ways
+        if "Python objects" in str(error):
+            raise ValueError(
+                f"{path} is an object array, which loading could run code from: save a plain "
+                "array of float32 instead"
+            ) from None
+        what = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} is not a .npy file that can be mapped ({what})") from None
+    return features

@@ -11,7 +11,8 @@ import itertools
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
 
 from array_record.python import array_record_module
@@ -33,6 +34,8 @@ _OPEN_RECORDS = 5_000_000
 _OPEN_FILES = 500
 # Opening a remote file costs requests for its index of 8 bytes a record, so all stay open.
 _OPEN_REMOTE_FILES = 100_000
+
+_AT_A_TIME = 16  # files opened at once to look at them
 
 # The reader's way to say that the system refused: "pread() failed: Input/output error; reading".
 _SYSTEM = "() failed: "
@@ -162,6 +165,37 @@ def opened(path: str):
         _told(path, lambda: reader.read([0]))
         raise RuntimeError(f"{path} cannot be opened")
     return reader
+
+
+def check_counts(counts: Mapping[str, int]) -> None:
+    """Opens local files once, whose index at the end is missing where one was cut short.
+
+    Remote ones would cost requests: there a damaged file is met by the look at the start, or later.
+
+    Args:
+      counts: records that each file should hold, by path.
+
+    Raises:
+      OSError: one is not there, or the disk fails.
+      ValueError: one is damaged, or holds another number of records; says which.
+    """
+    with ThreadPoolExecutor(_AT_A_TIME) as pool:
+        for _ in pool.map(_check_count, *zip(*counts.items(), strict=True)):
+            pass
+
+
+def _check_count(path: str, wanted: int) -> None:
+    if is_remote(path):
+        return
+    try:
+        found = patient(lambda: opened(path).num_records())
+    except RuntimeError as error:
+        what = str(error).strip().splitlines()[0][:200]
+        raise ValueError(f"{path} is damaged or cut short ({what}): copy it again") from error
+    if found != wanted:
+        raise ValueError(
+            f"{path} holds {found} records, and its set says {wanted}: copy the set again"
+        )
 
 
 def _read(reader, path: str, position: int) -> bytes:

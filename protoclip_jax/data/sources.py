@@ -7,6 +7,7 @@ from typing import Protocol, runtime_checkable
 from protoclip_jax.data.array_records import ArrayRecordPairs, is_array_records
 from protoclip_jax.data.captions import is_caption
 from protoclip_jax.data.decoding import NO_CAPTION, UnreadableImage
+from protoclip_jax.data.left_out import shown
 from protoclip_jax.data.pair_list import PairList
 from protoclip_jax.data.subset import Subset
 from protoclip_jax.data.tars import TarPairs, tar_paths
@@ -48,9 +49,7 @@ def read_pair(source, row: int) -> tuple[bytes, str]:
 
 def where(source: PairSource, row: int) -> str:
     """What a row is called in reports: the picture's path where the source knows it."""
-    if hasattr(source, "where"):
-        return source.where(row)
-    return f"{source.name} row {row}"
+    return shown(source.where(row) if hasattr(source, "where") else f"{source.name} row {row}")
 
 
 def origin(source: PairSource, row: int) -> int:

@@ -1,44 +1,56 @@
 """Where the pairs of WebDataset tar shards lie: found once, kept as an array in a file.
 
-A sample is the members of a tar whose names are equal up to the first dot: a picture (`.jpg`,
-`.png`, ...) and its caption, a `.txt` or the "caption" of a `.json`. The order is that of the tars
-by name, and in a tar that of the pictures.
+`tar_samples` says what a pair is. The order is that of the tars by name, and in a tar that in which
+the samples' names begin.
+
+An index belongs to tars at their whole paths, of their sizes and times, and with their first and
+last bytes. It is kept beside them, or in the user's cache where that cannot be written, or of the
+machine; where nothing can be written, in memory. It is looked through before it is used, and made
+anew where it is damaged. Any number of processes may make it at the same time: each writes files of
+its own, which then take the one name, and all have the same content.
 """
 
 import contextlib
 import dataclasses
 import hashlib
+import io
 import json
+import logging
 import os
 import tempfile
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int, Shaped
 from tqdm import tqdm
 
-from protoclip_jax.data.captions import is_caption
-from protoclip_jax.data.decoding import NO_CAPTION
-from protoclip_jax.data.files import MAX_BYTES
 from protoclip_jax.data.left_out import LeftOut
 from protoclip_jax.data.seen_files import State, states_of
 from protoclip_jax.data.tar_members import BLOCK, Read, members
+from protoclip_jax.data.tar_samples import Sample, samples
 from protoclip_jax.storage import objects
 from protoclip_jax.storage.cache import cache_folders, writable
+from protoclip_jax.storage.disks import patient
 from protoclip_jax.storage.paths import is_remote
 
-PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "ppm")
-NO_PICTURE = "no picture"
-NOT_UTF8 = "caption not UTF-8"
-TOO_LARGE = "file too large"
+logger = logging.getLogger(__name__)
 
 # A member starts at a multiple of 512 bytes, so that 32 bits reach 2 TB: 17 bytes a row.
 ENTRY = np.dtype(
     [("picture", "<u4"), ("size", "<u4"), ("caption", "<u4"), ("length", "<u4"), ("json", "?")]
 )
-_VERSION = 2
+_MOST = 2**32 * BLOCK
+_VERSION = 3
 _FOLDER = ".protoclip_tars"
+_END_BYTES = 2**16  # at either end of a tar, which tell it from another of its size and time
+_AT_A_TIME = 16  # tars whose ends are read at once
+
+
+class _NoRoom(Exception):
+    """An index cannot be kept in a folder."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,16 +58,17 @@ class TarIndex:
     """All pairs of some tars.
 
     Attributes:
-      path: the file of the entries; processes map it and so share its memory.
+      path: the file of the entries, which processes map and so share its memory; None where it is
+        in memory alone.
       entries: place of picture and caption of each row.
       ends: rows up to the end of each tar.
       fingerprint: hash of names, sizes and captions, in order.
-      report: samples left out, by reason.
+      report: what is not used, by reason.
       states: what each tar was when it was looked at.
       digests: of each tar, see `digest_of`.
     """
 
-    path: str
+    path: str | None
     entries: Shaped[np.ndarray, " n"]
     ends: Int[np.ndarray, " tars"]
     fingerprint: str
@@ -64,35 +77,31 @@ class TarIndex:
     digests: list[str]
 
 
-def tar_index(tars: list[str]) -> TarIndex:
+def tar_index(tars: Sequence[str]) -> TarIndex:
     """The index of tars: read where it was kept, made and kept where they are new or changed.
-
-    It is kept beside the tars, or in the user's cache where that cannot be written.
 
     Raises:
       FileNotFoundError: a tar is missing.
-      ValueError: a tar is cut short, compressed or none; or there are no pairs.
+      ValueError: a tar is cut short, damaged, compressed or none; or there are no pairs.
     """
     states = states_of(tars)
-    names = tars if is_remote(tars[0]) else [os.path.basename(tar) for tar in tars]
-    told = [(name, *state) for name, state in zip(names, states, strict=True)]
-    key = hashlib.blake2b(f"{_VERSION} {told}".encode(), digest_size=12).hexdigest()
-    folders = _folders(tars[0])
+    key, folders = _key(tars, states), _folders(tars[0])
     for folder in folders:
-        if (folder / f"{key}.json").exists():
-            return _load(folder / key, states)
+        found = _load(folder / key, states)
+        if found is not None:
+            return found
     for folder in folders:
         if writable(folder):
-            _make(tars, folder / key)
-            return _load(folder / key, states)
-    raise ValueError(f"no folder for the index of {tars[0]} can be written: {folders}")
+            with contextlib.suppress(_NoRoom):  # the next folder, then
+                return _make(tars, states, folder / key)
+    return _make(tars, states, None)
 
 
 def digest_of(tar: str) -> str:
     """Hash of a tar's pairs: names, captions, and where pictures and captions lie.
 
     Raises:
-      ValueError: it is no tar, or cut short.
+      ValueError: it is no tar, cut short or damaged.
       OSError: it cannot be read.
     """
     return _indexed(tar, hashlib.blake2b(), {})[1]
@@ -103,75 +112,181 @@ def _folders(tar: str) -> list[Path]:
     return other if is_remote(tar) else [Path(tar).parent / _FOLDER, *other]
 
 
-def _load(stem: Path, states: list[State]) -> TarIndex:
-    notes = json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))
-    path = str(stem.with_suffix(".npy"))
-    report = {reason: LeftOut(**entry) for reason, entry in notes["report"].items()}
-    return TarIndex(
-        path,
-        np.load(path, mmap_mode="r"),
-        np.array(notes["ends"]),
-        notes["fingerprint"],
-        report,
-        states,
-        notes["digests"],
-    )
+def _key(tars: Sequence[str], states: list[State]) -> str:
+    """What an index of these tars is called."""
+    with ThreadPoolExecutor(_AT_A_TIME) as pool:
+        known = list(pool.map(_identity, tars, states))
+    return hashlib.blake2b(f"{_VERSION} {known}".encode(), digest_size=12).hexdigest()
 
 
-def _make(tars: list[str], stem: Path) -> None:
-    """Writes the entries, then the notes that say that they are whole."""
+def _identity(tar: str, state: State) -> tuple:
+    """What tells a tar from all others, before and after."""
+    if is_remote(tar):
+        return tar, *state  # its version is one of its content
+    size = state[0]
+    ends = ((0, _END_BYTES), (max(0, size - _END_BYTES), _END_BYTES))
+    with open(tar, "rb", buffering=0) as file:
+        data = [patient(lambda end=end: os.pread(file.fileno(), end[1], end[0])) for end in ends]
+    return os.path.realpath(tar).encode(errors="surrogateescape"), *state, _hash(*data)
+
+
+def _hash(*parts) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _load(stem: Path, states: list[State]) -> TarIndex | None:
+    """A kept index; None where there is none, or it is damaged."""
+    path = f"{stem}.npy"
+    try:
+        told, _, text = Path(f"{stem}.json").read_bytes().partition(b"\n")
+        notes = json.loads(text)
+        entries = np.load(path, mmap_mode="r", allow_pickle=False)
+        index = TarIndex(
+            path,
+            entries,
+            np.array(notes["ends"], np.int64),
+            str(notes["fingerprint"]),
+            {reason: LeftOut(**entry) for reason, entry in notes["report"].items()},
+            states,
+            list(map(str, notes["digests"])),
+        )
+        whole = told.decode() == _hash(text) and _fits(index)
+        whole = whole and notes["entries"] == _hash(entries.view(np.uint8))
+    except OSError:
+        return None  # nothing there, or nothing that we may read
+    except Exception:  # what damage does to JSON and numpy's files, they tell in many ways
+        whole = False
+    if not whole:
+        logger.warning("the index of tars %s is damaged: it is made anew", path)
+        return None
+    return index
+
+
+def _fits(index: TarIndex) -> bool:
+    """Whether an index's numbers can be those of its tars."""
+    ends, entries = index.ends, index.entries
+    if entries.dtype != ENTRY or entries.ndim != 1 or not len(entries):
+        return False
+    if not len(ends) == len(index.states) == len(index.digests) or ends[-1] != len(entries):
+        return False
+    if (np.diff(ends, prepend=0) < 0).any():
+        return False
+    for first, last, (size, _) in zip([0, *ends[:-1]], ends, index.states, strict=True):
+        own = entries[first:last]
+        for place, length in (("picture", "size"), ("caption", "length")):
+            if (own[place].astype(np.int64) * BLOCK + own[length] > size).any():
+                return False
+    return True
+
+
+def _make(tars: Sequence[str], states: list[State], stem: Path | None) -> TarIndex:
+    """Looks through the tars, and keeps what was found: in memory where there is no `stem`."""
     digest = hashlib.blake2b(digest_size=16)
     ends, digests, report = [], [], {}
     with (
-        tempfile.TemporaryFile(dir=stem.parent) as raw,
-        tqdm(tars, desc="index", unit="tar", disable=len(tars) < 8) as bar,
+        _scratch(stem) as raw,
+        tqdm(tars, desc="index", unit="tar", disable=None if len(tars) >= 8 else True) as bar,
     ):
         rows = 0
         for tar in bar:
             entries, own = _indexed(tar, digest, report)
             digests.append(own)
-            raw.write(entries.tobytes())
+            with _keeping():
+                raw.write(entries.tobytes())
             rows += len(entries)
             ends.append(rows)
         if not rows:
             text = "; ".join(f"{reason}: {left}" for reason, left in report.items())
             raise ValueError(f"{tars[0]} and others hold 0 pairs ({text or 'no files'})")
+        index = TarIndex(
+            None, np.empty(0, ENTRY), np.array(ends), digest.hexdigest(), report, states, digests
+        )
         raw.seek(0)
-        part = f"{stem}.{os.getpid()}.part"
-        with open(part, "wb") as file:
-            header = np.lib.format.header_data_from_array_1_0(np.empty(0, ENTRY)) | {
-                "shape": (rows,)
-            }
-            np.lib.format.write_array_header_1_0(file, header)
-            while block := raw.read(2**24):
-                file.write(block)
-        os.replace(part, stem.with_suffix(".npy"))
+        if stem is None:
+            return dataclasses.replace(index, entries=np.frombuffer(raw.read(), ENTRY))
+        with _keeping():
+            path = _keep(raw, rows, index, stem)
+            return dataclasses.replace(index, path=path, entries=np.load(path, mmap_mode="r"))
+
+
+def _scratch(stem: Path | None) -> io.BufferedIOBase:
+    if stem is None:
+        return io.BytesIO()
+    with _keeping():
+        return tempfile.TemporaryFile(dir=stem.parent)
+
+
+@contextlib.contextmanager
+def _keeping() -> Iterator[None]:
+    """Around what writes to a folder: a full disk there is no fault of the tars."""
+    try:
+        yield
+    except OSError as error:
+        raise _NoRoom from error
+
+
+def _keep(raw: io.BufferedIOBase, rows: int, index: TarIndex, stem: Path) -> str:
+    """Writes the entries, then the notes that say that they are whole; returns their path."""
+    digest = hashlib.blake2b(digest_size=16)
+    path = f"{stem}.npy"
+    with _named_when_whole(path) as file:
+        header = np.lib.format.header_data_from_array_1_0(np.empty(0, ENTRY)) | {"shape": (rows,)}
+        np.lib.format.write_array_header_1_0(file, header)
+        while block := raw.read(2**24):
+            digest.update(block)
+            file.write(block)
     notes = {
-        "ends": ends,
-        "fingerprint": digest.hexdigest(),
-        "digests": digests,
-        "report": {reason: dataclasses.asdict(left) for reason, left in report.items()},
+        "entries": digest.hexdigest(),
+        "ends": index.ends.tolist(),
+        "fingerprint": index.fingerprint,
+        "digests": index.digests,
+        "report": {reason: dataclasses.asdict(left) for reason, left in index.report.items()},
     }
-    Path(part).write_text(json.dumps(notes), encoding="utf-8")
-    os.replace(part, stem.with_suffix(".json"))
+    with _named_when_whole(f"{stem}.json") as file:
+        text = json.dumps(notes).encode()
+        file.write(f"{_hash(text)}\n".encode() + text)
+    return path
+
+
+@contextlib.contextmanager
+def _named_when_whole(path: str) -> Iterator[io.BufferedIOBase]:
+    """A file that gets its name at the end; hosts with equal process ids write different ones."""
+    part = f"{path}.{uuid.uuid4().hex}.part"
+    try:
+        with open(part, "xb") as file:
+            yield file
+        os.replace(part, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(part)
+        raise
 
 
 def _indexed(tar: str, digest, report: dict[str, LeftOut]) -> tuple[Shaped[np.ndarray, " n"], str]:
     """The pairs of one tar, and the hash of them alone; `digest` is that of all tars."""
     entries, own = [], hashlib.blake2b(digest_size=16)
+
+    def leave_out(reason: str, name: str) -> None:
+        report.setdefault(reason, LeftOut()).add(f"{os.path.basename(tar)}: {name}")
+
     with _reader(tar) as read:
-        for key, files in _samples(tar, read).items():
-            entry, caption = _entry(read, files)
-            if isinstance(entry, str):
-                report.setdefault(entry, LeftOut()).add(f"{os.path.basename(tar)}: {key}")
-                continue
-            pair = f"{key}\0{entry[1]}\0{caption}\0".encode(errors="surrogatepass")
+        for sample in _samples(tar, read, leave_out):
+            pair = f"{sample.key}\0{sample.image.size}\0{sample.caption}\0"
+            pair = pair.encode(errors="surrogatepass")
             digest.update(pair)
             own.update(pair)
-            entries.append(entry)
+            entries.append(_entry(sample))
     found = np.array(entries, ENTRY)
     own.update(found.tobytes())
     return found, own.hexdigest()
+
+
+def _entry(sample: Sample) -> tuple[int, int, int, int, bool]:
+    image, text = sample.image, sample.text
+    return image.start // BLOCK, image.size, text.start // BLOCK, text.size, sample.is_json
 
 
 @contextlib.contextmanager
@@ -185,64 +300,15 @@ def _reader(tar: str) -> Iterator[Read]:
             yield lambda start, length: os.pread(descriptor, length, start)
 
 
-def _samples(tar: str, read: Read) -> dict[str, list[tuple[str, int, int]]]:
-    """Ending, place and size of the members of each sample."""
-    samples: dict[str, list[tuple[str, int, int]]] = {}
+def _samples(tar: str, read: Read, leave_out) -> Iterator[Sample]:
     try:
-        for name, start, size in members(read):
-            folder, slash, file = name.rpartition("/")
-            stem, _, ending = file.partition(".")
-            if stem:  # hidden files, such as ._1.jpg of some archivers, belong to no sample
-                place = (ending.lower().rpartition(".")[2], start, size)
-                samples.setdefault(f"{folder}{slash}{stem}", []).append(place)
+        found = list(members(read))
     except ValueError as error:
         if tar.endswith(("gz", "bz2", "xz", "zst")):
             raise ValueError(f"{tar} is compressed: unpack it to a plain .tar") from error
         raise ValueError(
             f"{tar} is no tar, or cut short ({error}): finish its download, or remove it"
         ) from error
-    return samples
-
-
-def _entry(
-    read: Read, files: list[tuple[str, int, int]]
-) -> tuple[tuple[int, int, int, int, bool], str] | tuple[str, None]:
-    """Entry and caption of a sample, or the reason why it is no pair."""
-    pictures = [file for file in files if file[0] in PICTURES]
-    texts = [file for file in files if file[0] == "txt"]
-    texts += [file for file in files if file[0] == "json"]
-    if not pictures:
-        return NO_PICTURE, None
-    if pictures[0][2] > MAX_BYTES:
-        return TOO_LARGE, None
-    for ending, start, length in texts:
-        is_json = ending == "json"
-        try:
-            caption = caption_of(read(start, length), is_json)
-        except UnicodeError:
-            return NOT_UTF8, None
-        if is_caption(caption):
-            _, picture, size = pictures[0]
-            return (picture // BLOCK, size, start // BLOCK, length, is_json), caption
-    return NO_CAPTION, None
-
-
-def caption_of(content: bytes, is_json: bool) -> str:
-    """The caption in a .txt, or that named "caption" in a .json; empty if there is none.
-
-    Raises:
-      UnicodeError: it is no text.
-    """
-    if not is_json:
-        return content.decode()
-    try:
-        found = json.loads(content)
-    except UnicodeDecodeError:
-        raise
-    except ValueError:
-        return ""
-    caption = found.get("caption") if isinstance(found, dict) else None
-    if not isinstance(caption, str):
-        return ""
-    caption.encode()  # JSON can write half of a surrogate pair
-    return caption
+    if found and found[-1].start >= _MOST:
+        raise ValueError(f"{tar} is larger than {_MOST} bytes: split it")
+    return samples(found, read, leave_out)

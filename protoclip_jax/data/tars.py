@@ -1,4 +1,7 @@
-"""Pairs in local or remote tar shards of WebDataset's layout, as img2dataset writes them."""
+"""Pairs in local or remote tar shards of WebDataset's layout, as img2dataset writes them.
+
+What is a pair, and that no member's name leads out of its tar, is said in `tar_samples`.
+"""
 
 import glob
 import itertools
@@ -9,8 +12,9 @@ import numpy as np
 
 from protoclip_jax.data.decoding import NO_ACCESS, TRUNCATED, UnreadableImage
 from protoclip_jax.data.seen_files import SeenFiles
-from protoclip_jax.data.tar_index import caption_of, digest_of, tar_index
-from protoclip_jax.data.tar_members import BLOCK
+from protoclip_jax.data.tar_index import digest_of, tar_index
+from protoclip_jax.data.tar_members import BLOCK, name_at
+from protoclip_jax.data.tar_samples import caption_of
 from protoclip_jax.storage import objects
 from protoclip_jax.storage.disks import patient
 from protoclip_jax.storage.paths import absolute, is_remote
@@ -62,12 +66,13 @@ def _expanded(spec: str) -> list[str]:
 class TarPairs:
     """The pairs of tar shards, in the tars' order; a `PairSource`.
 
-    Memory: the entries of all rows (17 bytes each) are a mapped file that processes share.
+    Memory: the entries of all rows (17 bytes each) are a mapped file that processes share; where no
+    folder can be written, each process has its own.
 
     Attributes:
       name: as it was named.
       fingerprint: hash of members' names, sizes of pictures, and captions, in order.
-      report: samples left out, by reason.
+      report: what is not used of the tars, by reason.
     """
 
     def __init__(self, spec: str):
@@ -88,11 +93,13 @@ class TarPairs:
         self.fingerprint, self.report = index.fingerprint, index.report
 
     def __getstate__(self):
-        return {key: value for key, value in self.__dict__.items() if key != "_entries"}
+        kept = () if self._path is None else ("_entries",)
+        return {key: value for key, value in self.__dict__.items() if key not in kept}
 
     def __setstate__(self, state):
         self.__dict__.update(state)
-        self._entries = np.load(self._path, mmap_mode="r")
+        if self._path is not None:
+            self._entries = np.load(self._path, mmap_mode="r", allow_pickle=False)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -126,13 +133,16 @@ class TarPairs:
         return caption_of(text, bool(entry["json"]))
 
     def where(self, row: int) -> str:
-        """The tar and the picture's name in it, as far as its header tells."""
+        """The tar and the picture's name in it, where its headers can be read."""
         tar, entry = self._place(row)
         try:
-            (header,) = self._read(tar, ((int(entry["picture"]) - 1) * BLOCK, BLOCK))
+            name = name_at(
+                lambda start, length: self._read(tar, (start, length))[0],
+                int(entry["picture"]) * BLOCK,
+            )
         except UnreadableImage:
-            return f"{tar} row {row}"
-        return f"{tar}/{header[:100].rstrip(bytes(1)).decode(errors='replace')}"
+            name = None
+        return f"{tar} row {row}" if name is None else f"{tar}/{name}"
 
     def _read(self, tar: str, *ranges: tuple[int, int]) -> list[bytes]:
         """Ranges (start, length) of a tar, as it was at the start."""

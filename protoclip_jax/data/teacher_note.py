@@ -76,13 +76,22 @@ def read_note(path: str | Path) -> TeacherNote | None:
     try:
         content = json.loads(objects.read_text(place))
         known = content.pop("format"), content.pop("version")
-        note = TeacherNote(**content) if known == (FORMAT, VERSION) else None
+        note = _checked(TeacherNote(**content)) if known == (FORMAT, VERSION) else None
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{place} is damaged, or no note of a teacher: make the teacher again, or remove it"
         ) from error
     if note is None:
         raise ValueError(f"{place} is {known[0]!r} version {known[1]}, wanted {FORMAT!r} {VERSION}")
+    return note
+
+
+def _checked(note: TeacherNote) -> TeacherNote:
+    """A note as it is; TypeError where a value is of another type than it should be."""
+    for field in dataclasses.fields(note):
+        value = getattr(note, field.name)
+        if not isinstance(value, field.type) or isinstance(value, bool):
+            raise TypeError(f"{field.name} is {value!r}")
     return note

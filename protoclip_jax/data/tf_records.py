@@ -3,6 +3,7 @@
 Each is its length (8 bytes), a checksum (4), the data and a checksum (4).
 """
 
+import array
 import bisect
 import contextlib
 import os
@@ -37,7 +38,7 @@ class TfRecords:
           digest_of: hashes the file of a path, where its time alone has changed.
 
         Raises:
-          ValueError: a file is cut short.
+          ValueError: a file is cut short, or holds fewer records than are wanted.
           SourceChanged: a file is another one than at the start, or gone.
         """
         self._files, self._seen, self._digest_of = files, seen, digest_of
@@ -51,6 +52,11 @@ class TfRecords:
                 raise
             self._check(file)
             stop = len(starts) if file.count == -1 else file.first + file.count
+            if stop > len(starts):
+                raise ValueError(
+                    f"{file.path} holds {len(starts)} records, and its set says {stop} or more: "
+                    "copy the set again"
+                )
             self._starts.append(starts[file.first : stop])
             total += len(self._starts[-1])
             self._ends.append(total)
@@ -110,7 +116,7 @@ def _opened(path: str, window: int) -> Iterator[Callable[[int, int], bytes]]:
 
 
 def _starts(path: str) -> Int[np.ndarray, " n"]:
-    starts, at = [], 0
+    starts, at = array.array("q"), 0  # 8 bytes a record, also of a file that is all zeros
     size = objects.status(path).size if is_remote(path) else os.path.getsize(path)
     with _opened(path, 2**22) as read:
         while at < size:
@@ -120,5 +126,7 @@ def _starts(path: str) -> Int[np.ndarray, " n"]:
             starts.append(at)
             at += 16 + _HEAD.unpack(head)[0]
     if at != size:
-        raise ValueError(f"{path} is cut short: {size} bytes, its records need {at}")
+        raise ValueError(
+            f"{path} is cut short or damaged: {size} bytes, its records need {at}: copy it again"
+        )
     return np.array(starts, np.int64)

@@ -12,15 +12,21 @@ from pathlib import Path
 import numpy as np
 
 from protoclip_jax.data.decoding import BROKEN, EMPTY, UnreadableImage
-from protoclip_jax.data.record_files import RecordFile, RecordFiles
+from protoclip_jax.data.record_files import RecordFile, RecordFiles, check_counts
 from protoclip_jax.data.seen_files import SeenFiles
 from protoclip_jax.data.tf_records import TfRecords
+from protoclip_jax.data.tfds_description import (
+    FEATURES,
+    INFO,
+    builder_at,
+    check_inside,
+    first_line,
+)
 from protoclip_jax.storage import objects
 from protoclip_jax.storage.paths import absolute, is_remote
 
 PREFIX = "tfds:"
 _FOOTER = 65536  # bytes at a file's end that enter the fingerprint: it indexes the whole file
-_DESCRIPTION = ("dataset_info.json", "features.json")
 
 
 def is_tfds(spec: str) -> bool:
@@ -77,19 +83,17 @@ class TfdsPairs:
 
     @functools.cached_property
     def _builder(self):
-        import tensorflow_datasets as tfds
-
         for path, digest in self._description.items():  # known to the copies of workers
             self._seen.check(path, lambda path=path, digest=digest: _content(path) == digest)
         if not self._spec.startswith(PREFIX):
-            return tfds.builder_from_directory(self._spec)
+            return builder_at(self._spec)
+        import tensorflow_datasets as tfds
+
         name = self._spec.removeprefix(PREFIX)
         try:
             builder = tfds.builder(name)
-        except (ValueError, ImportError, AssertionError) as error:
-            # DatasetNotFoundError is an ImportError or ValueError by version; its text is long.
-            first = str(error).strip().splitlines()[0][:200]
-            raise ValueError(f"{self._spec} cannot be opened: {first}") from error
+        except Exception as error:  # DatasetNotFoundError, or what a damaged description gives
+            raise ValueError(f"{self._spec} cannot be opened: {first_line(error)}") from error
         if not builder.is_prepared():
             raise ValueError(
                 f"{self._spec} is not prepared in {builder.data_dir}: run `tfds build {name} "
@@ -139,7 +143,7 @@ class TfdsPairs:
     @functools.cached_property
     def _records(self):
         """The examples' bytes by row."""
-        form = self._builder.info.file_format.value
+        form = self._form
         if form == "array_record":
             # Not as_data_source, which keeps every file's index in memory.
             return RecordFiles(self._files, self._seen, _footer)
@@ -154,12 +158,17 @@ class TfdsPairs:
 
     def _look(self) -> None:
         """Notes what the files are: workers open them later, and must find the same."""
-        used = self._builder.info.splits[self.split].file_instructions
+        used = self._used()
         paths = [os.fspath(file.filename) for file in used]
         folder = os.fspath(self._builder.data_dir)
-        described = [os.path.join(folder, name) for name in _DESCRIPTION]
+        check_inside(folder, paths)
+        described = [os.path.join(folder, name) for name in (INFO, FEATURES)]
         described = [path for path in described if objects.is_file(path)]
-        self._seen = SeenFiles.now([*paths, *described])
+        try:
+            self._seen = SeenFiles.now([*paths, *described])
+        except FileNotFoundError as error:
+            name = error.filename or error
+            raise FileNotFoundError(f"{name} is missing: copy the set again") from error
         self._description = {path: _content(path) for path in described}
         digest = hashlib.blake2b(
             repr((self.split, self._image, self._text)).encode(), digest_size=16
@@ -171,6 +180,20 @@ class TfdsPairs:
             digest.update(end)
             self._files.append(RecordFile(path, file.skip, file.take, _hash(end)))
         self.fingerprint = digest.hexdigest()
+        if self._form == "array_record":
+            check_counts(
+                {path: file.examples_in_shard for path, file in zip(paths, used, strict=True)}
+            )
+
+    def _used(self):
+        try:
+            return self._builder.info.splits[self.split].file_instructions
+        except Exception as error:  # a slice that is none; TFDS has no one error for it
+            raise ValueError(f"{self.name}: {first_line(error)}") from error
+
+    @property
+    def _form(self) -> str:
+        return self._builder.info.file_format.value
 
     def __len__(self) -> int:
         return len(self._records)
@@ -185,14 +208,14 @@ class TfdsPairs:
             raise IndexError(f"row {row} of {self.name}, which has {len(self)}")
         try:
             example = self._example(row)
-        except UnreadableImage:
+            picture, text = example[self._image], _text(example, self._text)
+        except (OSError, UnreadableImage):  # an OSError is the source's, not the record's
             raise
-        except (RuntimeError, ValueError) as error:
-            raise UnreadableImage(BROKEN, str(error).strip().splitlines()[0]) from error
-        picture = example[self._image]
+        except Exception as error:  # TFDS and protobuf raise anything
+            raise UnreadableImage(BROKEN, first_line(error)) from error
         if not picture:
             raise UnreadableImage(EMPTY)
-        return bytes(picture), _text(example, self._text)
+        return bytes(picture), text
 
     def caption(self, row: int) -> str:
         """The caption of a row."""

@@ -53,15 +53,20 @@ def write(workdir: AnyPath, config: Config) -> None:
 
 
 def read(workdir: AnyPath) -> dict:
-    """The record of a workdir.
+    """The record of a workdir, with a recipe in it.
 
     Raises:
-      ConfigError: there is none.
+      ConfigError: there is none, or it is damaged.
     """
     try:
-        return json.loads(objects.read_text(workdir / RECIPE_FILE))
+        found = json.loads(objects.read_text(workdir / RECIPE_FILE))
     except FileNotFoundError:
         raise ConfigError(f"{workdir} is no workdir of a run: it has no {RECIPE_FILE}") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{workdir / RECIPE_FILE} is damaged: {error}") from error
+    if not isinstance(found, dict) or not isinstance(found.get("recipe"), dict):
+        raise ConfigError(f"{workdir / RECIPE_FILE} is damaged: it holds no recipe")
+    return found
 
 
 def meta(config: Config) -> dict:

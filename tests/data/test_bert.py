@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -218,3 +219,41 @@ def test_embedded_features_are_the_packaged_encoders():
     projected = load_pca(pca_path(embedded_teacher())).project(features)
     stored = open_teacher(embedded_teacher(), len(source)).rows(rows)
     np.testing.assert_allclose(projected, stored, atol=1e-3)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-30])
+
+
+def of_another_width(path):
+    path.write_text(
+        path.read_text().replace(f'"hidden_size": {CONFIG["hidden_size"]}', '"hidden_size": "x"')
+    )
+
+
+SPOILED = {
+    "cut weights": ("model.safetensors", cut, "model.safetensors is cut short"),
+    "weights without some": (
+        "model.safetensors",
+        lambda path: write_safetensors(path, dict(list(weights().items())[1:])),
+        "model.safetensors is not of the model in config.json",
+    ),
+    "cut settings": ("config.json", cut, "config.json is damaged"),
+    "settings of a list": (
+        "config.json",
+        lambda path: path.write_text("[]"),
+        "config.json is damaged",
+    ),
+    "no width": ("config.json", of_another_width, "no hidden_size"),
+    "cut tokenizer": ("tokenizer.json", cut, "tokenizer.json is damaged"),
+}
+
+
+@pytest.mark.parametrize("what", SPOILED)
+def test_a_spoiled_folder_is_refused_by_the_name_of_its_file(folder, tmp_path, what):
+    name, spoil, message = SPOILED[what]
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    spoil(copy / name)
+    with pytest.raises(ValueError, match=message) as caught:
+        Bert(copy)
+    assert str(copy) in str(caught.value)

@@ -4,6 +4,8 @@ import importlib.util
 import io
 import json
 import pickle
+import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -14,10 +16,11 @@ import pytest
 import tensorflow_datasets as tfds
 from pair_files import caption, picture
 
-from protoclip_jax.data.decoding import EMPTY, UnreadableImage
+from protoclip_jax.data.decoding import BROKEN, EMPTY, UnreadableImage
 from protoclip_jax.data.emoji_text import EmojiText, embedded_directory
 from protoclip_jax.data.sources import open_source, where
 from protoclip_jax.data.tfds_pairs import TfdsPairs
+from protoclip_jax.prepare import __main__ as prepare
 
 EMOJI = {"text_feature": "title", "split": "val"}
 
@@ -184,6 +187,130 @@ def test_tfrecord_where_tensorflow_is(tiny, tmp_path, monkeypatch):
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(ValueError, match="cut short"):
         open_source(folder)
+
+
+def without(name: str):
+    return lambda folder: next(folder.glob(name)).unlink()
+
+
+def rewritten(name: str, change):
+    def spoil(folder: Path) -> None:
+        path = next(folder.glob(name))
+        path.write_bytes(change(path.read_bytes()))
+
+    return spoil
+
+
+def replaced(name: str, old: str, new: str):
+    def change(content: bytes) -> bytes:
+        assert old.encode() in content
+        return content.replace(old.encode(), new.encode())
+
+    return rewritten(name, change)
+
+
+IMAGE = "tensorflow_datasets.core.features.image_feature.Image"
+# What became of a set's folder, and the line that names the file.
+SPOILED = {
+    "a missing shard": (
+        without("*array_record*"),
+        r"tiny_pairs-train.array_record-00000-of-00001 is missing: copy",
+    ),
+    "a cut shard": (
+        rewritten("*array_record*", lambda data: data[:-70_000]),
+        r"train.array_record-00000-of-00001 is damaged or cut",
+    ),
+    "an empty shard": (
+        rewritten("*array_record*", lambda data: b""),
+        r"train.array_record-00000-of-00001 is damaged or cut",
+    ),
+    "a shard of another set": (
+        replaced("dataset_info.json", '"5"', '"4"'),
+        r"holds 5 records, and its set says 4",
+    ),
+    "no features": (without("features.json"), r"features.json is missing: copy"),
+    "cut info": (
+        rewritten("dataset_info.json", lambda data: b"{"),
+        r"dataset_info.json is damaged",
+    ),
+    "info that is a list": (
+        rewritten("dataset_info.json", lambda data: b"[1]"),
+        r"dataset_info.json is damaged",
+    ),
+    "info of another kind": (
+        replaced("dataset_info.json", '"name"', '"nome"'),
+        r"dataset_info.json or features.json is damaged",
+    ),
+    "deep info": (
+        rewritten("dataset_info.json", lambda data: b"[" * 100_000),
+        r"dataset_info.json is damaged",
+    ),
+    "features cut": (
+        rewritten("features.json", lambda data: data[: len(data) // 2]),
+        r"features.json is damaged",
+    ),
+    "features that are no text": (
+        rewritten("features.json", lambda data: b"\xff" + data),
+        r"features.json is damaged",
+    ),
+    "features of no kind": (
+        replaced("features.json", '"image": {', '"emage": {'),
+        r"features.json is damaged",
+    ),
+    "a foreign class": (
+        replaced("features.json", IMAGE, "foreign_module.Image"),
+        "names the class 'foreign_module.Image'",
+    ),
+    "a shard elsewhere": (
+        replaced("dataset_info.json", "{DATASET}-", "../{DATASET}-"),
+        "which is not in that folder",
+    ),
+    "shards elsewhere": (
+        replaced("dataset_info.json", '"tiny_pairs"', '"../1.0.0/tiny_pairs"'),
+        "which is not in that folder",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", SPOILED)
+def test_a_spoiled_set_is_refused_at_the_start_by_name(tiny, tmp_path, monkeypatch, what):
+    spoil, message = SPOILED[what]
+    folder = tmp_path / "1.0.0"
+    shutil.copytree(tiny, folder)
+    spoil(folder)
+    monkeypatch.setattr(TfdsPairs, "read", None)  # before any record is read
+    (tmp_path / "foreign_module.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        open_source(str(folder))
+    assert "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value)
+
+
+def test_a_foreign_class_in_a_string_of_json_is_refused(tmp_path):
+    inner = json.dumps({"image": {"type": "foreign_module.Image", "content": {}}})
+    (tmp_path / "dataset_info.json").write_text("{}")
+    (tmp_path / "features.json").write_text(json.dumps({"jsonFeature": {"json": inner}}))
+    with pytest.raises(ValueError, match=r"names the class 'foreign_module.Image'"):
+        open_source(str(tmp_path))
+
+
+def test_commands_tell_a_missing_shard_in_a_line(tiny, tmp_path, capsys):
+    folder = tmp_path / "1.0.0"
+    shutil.copytree(tiny, folder)
+    without("*array_record*")(folder)
+    for command in (["stats", str(folder)], ["convert", str(folder), "--out", str(tmp_path / "o")]):
+        assert prepare.main([*command, "--workers=1"]) == 2
+        assert re.fullmatch("protoclip_jax: .*of-00001 is missing.*\n", capsys.readouterr().err)
+
+
+def test_an_example_that_is_damaged_is_unreadable(tiny, monkeypatch):
+    source = open_source(tiny)
+    for record in (b"\xff\xff", b"\n\x05abcde"):
+        monkeypatch.setattr(source, "_records", [record] * 5)
+        with pytest.raises(UnreadableImage) as caught:
+            source.read(0)
+        assert caught.value.reason == BROKEN
 
 
 def test_an_example_without_a_picture_is_unreadable(tiny, monkeypatch):
