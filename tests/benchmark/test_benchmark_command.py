@@ -55,10 +55,15 @@ def test_kmeans_numbers_without_faiss_are_null(capsys):
 
 
 def test_kmeans_against_faiss(capsys):
-    pytest.importorskip("faiss")
     assert main((*TINY_KMEANS, "--json", "--precision=float32")) == 0
     first, second = json.loads(capsys.readouterr().out)
-    assert first["speedup_cpu_seconds"] > 0
+    for case in (first, second):  # how many times as long faiss takes
+        for seconds in ("cpu_seconds", "wall_seconds"):
+            ratio = case[f"faiss_{seconds}"] / case[seconds]
+            assert case[f"speedup_{seconds}"] == pytest.approx(ratio, rel=1e-12)
+        assert case["faiss_iterations"] == 3
+    ratio = first["objective"] / first["faiss_objective"]
+    assert first["objective_ratio"] == pytest.approx(ratio, rel=1e-12)
     # Three equal Lloyd steps in float32 from the same start, judged by the same function.
     assert first["objective_ratio"] == pytest.approx(1, abs=1e-3)
     assert second["objective_ratio"] is None
