@@ -110,7 +110,7 @@ def test_contenders_take_turns_and_medians_count():
 
 def test_a_copy_reads_and_writes_what_it_says():
     copied = timing.copy(4096, 3)
-    assert copied().wall > 0
+    copied()
     np.testing.assert_array_equal(copied.result, np.ones(1024, np.float32))
 
 
