@@ -20,11 +20,23 @@ def no_faiss(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)  # its import then fails
 
 
-def test_every_benchmark_takes_options_and_runs():
-    for name in BENCHMARKS:
-        module = importlib.import_module(f"protoclip_jax.benchmark.{name}")
-        assert callable(module.add_arguments)
-        assert callable(module.run)
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_every_benchmark_is_run_with_its_own_options(name, monkeypatch, capsys):
+    """By its defaults: each of them is one that it takes from the command line."""
+    ran = []
+
+    def run(options):
+        ran.append(options)
+        return report.Report([name], ["x"], [("row", ["1"])], [], {"of": name}, code=3)
+
+    module = importlib.import_module(f"protoclip_jax.benchmark.{name}")
+    assert callable(module.run)
+    monkeypatch.setattr(module, "run", run)
+    assert main([name, "--json"]) == 3
+    assert json.loads(capsys.readouterr().out) == {"of": name}
+    assert main([name]) == 3
+    assert capsys.readouterr().out.splitlines()[0] == name
+    assert [options.benchmark for options in ran] == [name, name]
 
 
 @pytest.mark.usefixtures("no_faiss")
