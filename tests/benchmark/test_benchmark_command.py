@@ -6,7 +6,6 @@ import sys
 
 import numpy as np
 import pytest
-from tiny_run import SMALL, tiny_models  # noqa: F401 (a fixture)
 
 from protoclip_jax.benchmark import kmeans, report, timing
 from protoclip_jax.benchmark.__main__ import BENCHMARKS, main
