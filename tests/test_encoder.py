@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import plain_input
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from PIL import Image
@@ -65,6 +66,24 @@ def test_one_image_is_one_row_however_it_is_given(encoder, tmp_path):
         }
         for name, value in given.items():
             np.testing.assert_array_equal(encoder.encode_image(value), expected, err_msg=name)
+
+
+def test_features_are_the_towers_of_what_was_given(encoder):
+    """Beside the towers alone, which the golden files prove."""
+    graphdef, *_ = start(encoder.config, 0)
+    images, texts = [pixels(), pixels(33, 60)[:, ::-1]], ["a red kite", "two &amp; a  half dogs"]
+    square = np.stack([plain_input.middle(Image.fromarray(image), SIDE) for image in images])
+    tokens = np.array([plain_input.tokens(text) for text in texts], np.int32)
+    towers = jax.jit(lambda *inputs: clip.apply(graphdef, *inputs, train=False)[0])
+    normal = np.float32(plain_input.normalised(square / 255))
+    expected = towers(encoder.params, encoder.batch_stats, normal, tokens)
+    image, text = encoder.encode_image(images), encoder.encode_text(texts)
+    # Another resizer may differ by a level here and there.
+    np.testing.assert_allclose(image, expected.image, atol=5e-3)
+    np.testing.assert_allclose(text, expected.text, atol=1e-5)
+    for found in (image, text):
+        np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
+        assert np.abs(found[0] - found[1]).max() > 0.05
 
 
 def test_home_folder_in_a_path(encoder, tmp_path, monkeypatch):

@@ -68,18 +68,20 @@ def test_step_of_phases_beside_a_peer(script, capsys, monkeypatch):
         == 0
     )
     numbers = json.loads(capsys.readouterr().out)
-    assert numbers["host_ms"] > 0
-    assert numbers["host_arrays"] > 10
+    assert numbers["host_ms"] > 0.01
+    arrays = jax.tree.leaves(host.train_state(peer_config(), "test-vit"))
+    assert numbers["host_arrays"] == len(arrays)
     assert numbers["peer"] == "a fake"
     assert [case["phase"] for case in numbers["phases"]] == ["prototype", "locked"]
     for case in numbers["phases"]:
-        assert case["gflop"] > 0
         assert case["pairs_per_second"] == pytest.approx(8e3 / case["step_ms"])
         assert case["gflops"] == pytest.approx(1e3 * case["gflop"] / case["step_ms"])
         assert case["flop_use"] == pytest.approx(case["gflops"] / case["matmul_gflops"])
         assert case["peak_gflops"] == 8 * 3e3  # of eight devices
         assert case["peak_use"] == pytest.approx(case["gflops"] / case["peak_gflops"])
         assert np.isfinite(case["loss"])
+        assert case["speedup"] == pytest.approx(case["peer_step_ms"] / case["step_ms"])
+        assert case["speedup_cpu"] == pytest.approx(case["peer_cpu_ms"] / case["cpu_ms"])
         assert case["peer_step_ms"] == 1000
         assert case["peer_cpu_ms"] == (3000 if case["phase"] == "locked" else 2000)
     flops = {case["phase"]: case["gflop"] for case in numbers["phases"]}

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from protoclip_jax.data.emoji_text import EmojiText
 from protoclip_jax.data.source_options import add_source_options, chosen_source
 from protoclip_jax.data.sources import KINDS, needless_limit, open_source, where
 
@@ -33,9 +34,8 @@ def test_options_reach_the_list():
 def test_emoji_text_by_its_name():
     source = open_source("emoji_text/val")
     data, caption = source.read(0)
-    assert len(source) > 0
-    assert data
-    assert caption
+    assert len(source) == len(EmojiText("val"))
+    assert (data, caption) == EmojiText("val").read(0)
     assert where(source, 0) == "emoji_text/val row 0"
 
 

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from protoclip_jax.episodes import kmeans as module
-from protoclip_jax.episodes.kmeans import assign, fast_bfloat16, kmeans
+from protoclip_jax.episodes.kmeans import assign, kmeans
 from protoclip_jax.episodes.kmeans_update import split_largest
 
 RNG = np.random.default_rng(0)
@@ -286,6 +286,30 @@ def test_errors_name_what_is_wrong():
             kmeans(points, **({"k": 4, "seed": 0} | arguments))
 
 
-def test_dispatch_reads_what_the_chip_has():
+@pytest.fixture
+def unasked():
+    """The answer is kept."""
+    module.fast_bfloat16.cache_clear()
+    yield
+    module.fast_bfloat16.cache_clear()
+
+
+@pytest.mark.usefixtures("unasked")
+@pytest.mark.parametrize(
+    ("flags", "fast"),
+    [("fpu avx2 avx512f", False), ("fpu avx512_bf16 sse", True), ("amx_bf16", True), (None, False)],
+)
+def test_dispatch_reads_what_the_chip_has(flags, fast, monkeypatch, tmp_path):
+    asked, fast_bfloat16 = [], module.fast_bfloat16
+
+    def cpuinfo(path):
+        asked.append(path)
+        return tmp_path / "cpuinfo"
+
+    if flags is not None:
+        (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {flags}\n")
+    monkeypatch.setattr(module, "Path", cpuinfo)
     assert fast_bfloat16("gpu")
-    assert isinstance(fast_bfloat16("cpu"), bool)
+    assert not asked
+    assert fast_bfloat16("cpu") == fast
+    assert asked == ["/proc/cpuinfo"]

@@ -1,9 +1,12 @@
 import json
 
+import numpy as np
 import pytest
 from evaluation_fakes import COLOURS, FakeEncoder, FakeSource
 
 from protoclip_jax import evaluate
+from protoclip_jax.data import emoji_text
+from protoclip_jax.evaluation import folders, suite
 
 
 @pytest.fixture
@@ -48,6 +51,75 @@ def test_pair_list_is_evaluated_and_kept_beside_the_rest(workdir, classes, capsy
     written = json.loads((workdir / "evaluation.json").read_text())
     assert set(written) == {str(pairs), str(classes)}
     assert written[str(pairs)]["metrics"]["retrieval/image_to_text_r1"] == 100
+
+
+SPLITS = {
+    "train": FakeSource([*COLOURS] * 6, seed=1),
+    "test": FakeSource([*COLOURS], seed=2),
+    "val": FakeSource(["red", "green", "blue", "cyan"], seed=3),
+}
+
+
+class Uneven(FakeEncoder):
+    """Takes some colours for others, and captions for others again: no two measures are alike."""
+
+    batches: tuple[int, ...] = ()
+
+    def encode_image(self, images):
+        self.batches += (len(images),)
+        return super().encode_image(images) @ np.float32(np.diag([3, 1, 0.2, 1]))
+
+    def encode_text(self, texts):
+        return super().encode_text(texts) @ np.float32(np.diag([1, 0.1, 2, 1]))
+
+
+def test_emoji_text_is_measured_on_its_splits_beside_the_untrained_model(
+    workdir, monkeypatch, capsys
+):
+    encoder = Uneven()
+    monkeypatch.setattr(evaluate, "_load", lambda path: encoder)
+    monkeypatch.setattr(emoji_text, "EmojiText", SPLITS.__getitem__)
+    untrained = {"step": 0, "zero_shot/top1": 1.25, "retrieval/image_to_text_r1": 2.5}
+    (workdir / "metrics.jsonl").write_text(json.dumps(untrained) + "\n")
+    assert run(f"--workdir={workdir}", "--batch=3") == 0
+    assert max(encoder.batches) == 3
+    written = json.loads((workdir / "evaluation.json").read_text())["emoji_text"]
+    expected = suite.evaluate(Uneven(), *SPLITS.values())
+    assert written["metrics"] == pytest.approx(expected, rel=1e-5)
+    assert written["chance"] == suite.chance(*SPLITS.values())
+    assert written["chance"]["zero_shot/top1"] == 12.5
+    assert written["chance"]["zero_shot_unseen/top1"] == 25
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["untrained", "trained", "chance"]
+    rows = [line.split() for line in lines if "unseen artist, top 1" in line]
+    value = f"{expected['zero_shot/top1']:.2f}"
+    assert [row[-6::2] for row in rows] == [["1.25", value, "12.50"]]
+
+
+def test_train_folder_is_what_the_probe_is_fitted_on(workdir, tmp_path, monkeypatch):
+    """Three pictures a class to fit on, of which green is more often met; one a class to test."""
+    monkeypatch.setattr(evaluate, "_load", lambda path: Uneven())
+    for split, count in (("train", 3), ("test", 1)):
+        for name in list(COLOURS)[:4]:
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            number = count + 2 * (name == "green" and split == "train")
+            for row, data in enumerate(FakeSource([name] * number, seed=count).pictures):
+                (folder / f"{row}.png").write_bytes(data)
+    # Only the test split has a class that the other lacks.
+    (tmp_path / "test" / "pink").mkdir()
+    (tmp_path / "test" / "pink" / "a.png").write_bytes(FakeSource(["pink"]).pictures[0])
+    test, train = tmp_path / "test", tmp_path / "train"
+    options = (f"--workdir={workdir}", f"--folder={test}", f"--train-folder={train}")
+    assert run(*options, "--batch=2") == 0
+    written = json.loads((workdir / "evaluation.json").read_text())[str(test)]
+    assert written["metrics"]["data/pictures"] == 5
+    both = [test, train]
+    splits = [folders.open_folder(folder, also=both) for folder in both]
+    expected = folders.evaluate_folder(Uneven(), splits[0], train=splits[1])
+    assert written["metrics"] == pytest.approx(expected)
+    assert written["chance"]["linear_probe/top1"] == 20  # the commonest class of the others
+    assert written["chance"]["zero_shot/top1"] == 20
 
 
 def test_errors_are_one_line_and_exit_code_2(workdir, classes, tmp_path, capsys):

@@ -3,6 +3,7 @@ import pytest
 from golden_files import golden, golden_json
 from scipy.special import log_softmax, softmax
 
+from protoclip_jax.evaluation import sgd_probe as module
 from protoclip_jax.evaluation.linear_probe import accuracy
 from protoclip_jax.evaluation.sgd_probe import SGDSettings, sgd_probe, train_sgd
 
@@ -86,7 +87,14 @@ def test_shuffling_rescues_rows_sorted_by_class():
     assert (runs[1].classifier.weights != runs[2].classifier.weights).any()
 
 
-def test_epoch_is_the_best_on_held_out_rows():
+def test_epoch_is_the_best_on_held_out_rows(monkeypatch):
+    runs = []
+
+    def noted(*arguments, **options):
+        runs.append((train_sgd(*arguments, **options), options))
+        return runs[-1][0]
+
+    monkeypatch.setattr(module, "train_sgd", noted)
     rng = np.random.default_rng(2)
     labels, test_labels = rng.integers(0, 3, 90), rng.integers(0, 3, 50)
     features = (np.eye(3, 6)[labels] + rng.normal(size=(90, 6))).astype(np.float32)
@@ -94,7 +102,12 @@ def test_epoch_is_the_best_on_held_out_rows():
     result = sgd_probe(features, labels, test, test_labels, settings=SGDSettings(epochs=20))
     assert result.epoch == result.held_out_top1.argmax()
     assert result.top1 == pytest.approx(accuracy(result.classifier, test, test_labels), abs=1e-4)
-    assert result.best_test_top1 >= result.top1
+    (choosing, _), (final, options) = runs
+    np.testing.assert_array_equal(result.held_out_top1, choosing.monitor_top1)
+    np.testing.assert_array_equal(options["monitor_labels"], test_labels)
+    assert len(options["monitor_features"]) == 50
+    assert result.top1 == final.monitor_top1[result.epoch]
+    assert result.best_test_top1 == final.monitor_top1.max()
 
 
 def test_rate_suits_features_of_any_length_and_direction():

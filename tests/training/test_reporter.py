@@ -8,10 +8,13 @@ import pytest
 from tiny_run import small_config
 
 from protoclip_jax.data.sources import open_source
+from protoclip_jax.episodes.kmeans import Clusters
+from protoclip_jax.training import reporter as module
 from protoclip_jax.training.logging import Meter, MetricLog
 from protoclip_jax.training.phases import phase_of
 from protoclip_jax.training.progress import Progress
-from protoclip_jax.training.reporter import STUCK_STEPS, Reporter
+from protoclip_jax.training.reporter import STUCK_STEPS, Reporter, cluster_numbers
+from protoclip_jax.training.stopwatch import Stopwatch
 
 CASES = Path(__file__).parents[1] / "cases"
 GOOD = {
@@ -108,13 +111,59 @@ def test_few_used_prototypes_and_missing_room_are_told_once(told):
     assert "only 17% of the image prototypes have members" in told.lines[1]
 
 
-def test_speed_and_memory_are_logged(told):
+def test_speed_and_memory_are_logged(told, monkeypatch):
+    """Two steps of 16 pairs and 1 GFLOP in 4 seconds on eight devices of 1 GFLOP/s."""
+    clock = iter([1.0, 5.0])
+    monkeypatch.setattr(module.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(module.jax, "device_count", lambda: 8)
+    monkeypatch.setattr(module, "peak_flops", lambda device: 1e9)
     report(told, [GOOD, GOOD])
     _, values = told.written[0]
-    assert values["speed/pairs_per_second_per_device"] > 0
-    assert values["speed/teraflops_per_device"] > 0
+    assert values["speed/pairs_per_second_per_device"] == pytest.approx(1.0)
+    assert values["speed/teraflops_per_device"] == pytest.approx(2e9 / 4 / 8 / 1e12)
+    assert values["speed/flop_use"] == pytest.approx(1 / 16)
     assert 0.01 < values["memory/host_gb"] < 1000
     assert "pairs/s/device" in told.shown
+
+
+def test_an_episode_line_has_the_shares_of_its_parts(told):
+    config, clock = small_config("pairs.tsv", episode__online=0.5), Stopwatch()
+    clock.seconds |= {
+        "save": 9.0, "sample": 0.25, "extract": 1.0, "cluster": 0.5, "back-translate": 0.25,
+        "train": 8.0, "evaluate": 3.0,
+    }  # fmt: skip
+    numbers = {
+        "seconds/input_wait": 2.0, "loss/total": 1.5, "online/known": 0.5,
+        "online/same_image": 0.25, "online/same_text": 0.5,
+    }  # fmt: skip
+    reporter = Reporter(config, 100, told, told)
+    reporter.episode(6, 1, phase_of(config, 1), dict(numbers), clock)
+    ((step, values),) = told.written
+    assert step == 6
+    assert values == numbers | {
+        f"seconds/{name}": value for name, value in clock.seconds.items()
+    } | {
+        "share/overhead": 0.25,
+        "share/input_wait": 0.25,
+        "online/agreement_image": 0.5,
+        "online/agreement_text": 1.0,
+    }
+    assert "episode 2/100 prototype: total 1.500" in told.lines[0]
+    assert "overhead 25% of training" in told.lines[0]
+    assert "waited for input 25% of the time: raise data.threads=2" in told.lines[1]
+
+
+def test_numbers_of_clusters_have_their_own_names():
+    found = Clusters(
+        jnp.zeros((4, 2)), jnp.zeros(9, jnp.int32), jnp.array([3, 0, 6, 0]), jnp.float32(2.5),
+        jnp.int32(7), jnp.int32(1),
+    )  # fmt: skip
+    assert cluster_numbers({"text": found}) == {
+        "clusters/text_used": 2.0,
+        "clusters/text_objective": 2.5,
+        "clusters/text_iterations": 7.0,
+        "clusters/text_nonfinite_rows": 1.0,
+    }
 
 
 def test_a_limit_above_the_length_is_told(told):
