@@ -136,12 +136,17 @@ def test_plain_clip_runs_on_the_same_code(pairs, tmp_path):
     assert "loss/prototype" not in line
 
 
-def test_changed_recipe_is_refused_and_harmless_changes_pass(pairs, tmp_path):
+def test_start_tells_of_its_rows_and_a_change_is_refused_unless_harmless(pairs, tmp_path, capsys):
     """CKPT-05: every difference is listed with both values."""
+    pairs.write_text(pairs.read_text() + "39.png\t\n")
     workdir = tmp_path / "run"
     first = {"episode__count": 2, "episode__warmup": 2}
     config = small_config(pairs, num_devices=8, **first)
     loop.train(config, workdir)
+    told = capsys.readouterr().err
+    assert "40 pairs of" in told
+    assert "left out" in told
+    assert "1 (line 42)" in told
     changed = small_config(
         pairs,
         num_devices=8,
@@ -163,24 +168,9 @@ def test_changed_recipe_is_refused_and_harmless_changes_pass(pairs, tmp_path):
     assert "objective.back_translation: stored true, wanted false" in message
     assert "optimizer.beta1: stored 0.9, wanted 0.8" in message
     loop.train(small_config(pairs, num_devices=8, **first, log__every=1), workdir)
-
-
-def test_rows_that_are_no_pairs_are_told_at_the_start(pairs, tmp_path, capsys):
-    pairs.write_text(pairs.read_text() + "39.png\t\n")
-    loop.train(small_config(pairs, num_devices=8, episode__count=1), tmp_path / "run")
-    told = capsys.readouterr().err
-    assert "40 pairs of" in told
-    assert "left out" in told
-    assert "1 (line 42)" in told
-
-
-def test_changed_source_is_refused(pairs, tmp_path):
-    workdir = tmp_path / "run"
-    settings = {"episode__count": 1, "episode__warmup": 1}
-    loop.train(small_config(pairs, num_devices=8, **settings), workdir)
     pairs.write_text(pairs.read_text().replace("number 3 ", "number 33 "))
     with pytest.raises(ConfigError, match="source: stored"):
-        loop.train(small_config(pairs, num_devices=8, **settings), workdir)
+        loop.train(config, workdir)
 
 
 def test_episode_larger_than_the_source_is_refused_with_both_numbers(pairs, tmp_path):

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from tiny_run import small_config
 
@@ -52,7 +53,7 @@ def report(told, rows: list[dict], **settings) -> Told:
     config = small_config("pairs.tsv", **({"optimizer__batch": 16} | settings))
     reporter, recent = Reporter(config, 100, told, told), Meter()
     for row in rows:
-        recent.add({name: jnp.float32(value) for name, value in row.items()})
+        recent.add({name: np.float32(value) for name, value in row.items()})
     reporter.steps(len(rows), 0, phase_of(config, 0), recent, Meter(), flops=1e9)
     return told
 
