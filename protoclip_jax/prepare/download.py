@@ -161,10 +161,12 @@ def _agree(
     folder: Path, list_path: str, settings: DownloadSettings, layout: Layout, ids: str | None
 ) -> None:
     """Notes what is downloaded, or compares."""
+    how = dataclasses.asdict(layout) | {"captions": list(layout.captions)}
     wanted = {
         "list": _digest(list_path),
         "photo_ids": _digest(ids) if ids else None,
-        "layout": dataclasses.asdict(layout) | {"captions": list(layout.captions)},
+        # What follows from the list itself need not be compared.
+        "layout": {key: how[key] for key in how.keys() - {"names", "width"}},
         "side": settings.side,
         "shard_rows": settings.shard_rows,
     }

@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import logging
 import os
+import re
 from pathlib import Path
 
 import fsspec
@@ -23,13 +24,16 @@ _CLIENTS = {
     "az": ("adlfs", "adlfs"),
     "hf": ("huggingface_hub", "huggingface_hub"),
 }
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _SILENCE = 60.0  # seconds after which a connection on which nothing comes is given up
 
 
 def scheme(path: str | os.PathLike) -> str:
     """What stands before ://, or nothing for a local path."""
-    head, found, _ = os.fspath(path).partition("://")
-    return head if found else ""
+    text = os.fspath(path)
+    # Most paths have none, and a folder may be called as an address is: only the begin counts.
+    found = _SCHEME.match(text) if "://" in text else None
+    return found[1] if found else ""
 
 
 def is_remote(path: str | os.PathLike) -> bool:
@@ -80,6 +84,12 @@ def check_scheme(path: str | os.PathLike) -> None:
     if importlib.util.find_spec(module) is None:
         raise ValueError(f"{text} needs a package: pip install {package}")
     _prepare_clients()
+
+
+@functools.cache
+def readable_schemes() -> tuple[str, ...]:
+    """The schemes whose client is installed."""
+    return tuple(name for name, (module, _) in _CLIENTS.items() if importlib.util.find_spec(module))
 
 
 @functools.cache

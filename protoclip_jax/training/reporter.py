@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from protoclip_jax.config import Config
+from protoclip_jax.data.list_lines import Repeats
 from protoclip_jax.data.sources import PairSource, needless_limit
 from protoclip_jax.data.teacher import Teacher
 from protoclip_jax.episodes.kmeans import Clusters
@@ -215,6 +216,8 @@ def source_lines(config: Config, source: PairSource, teacher: Teacher | None) ->
     lines += [
         f"left out, {why}: {dropped}" for why, dropped in getattr(source, "report", {}).items()
     ]
+    if hasattr(source, "repeats") and not jax.process_index():  # one process tells the story
+        lines += repeat_lines(source.repeats(), len(source))
     if line := needless_limit(len(source), config.data.limit):
         lines.append(f"data.limit={config.data.limit:,}: {line}")
     if teacher is not None and teacher.note is None:
@@ -230,6 +233,18 @@ def source_lines(config: Config, source: PairSource, teacher: Teacher | None) ->
             "or episode.online"
         )
     return lines
+
+
+def repeat_lines(repeats: Repeats, pairs: int) -> list[str]:
+    """Warns of pairs that repeat earlier ones."""
+    if not repeats.count:
+        return []
+    about = "" if repeats.one_in == 1 else "about "
+    return [
+        f"warning: {about}{repeats.count:,} of {pairs:,} pairs repeat an earlier one's picture and "
+        "caption: in a batch together they are each other's negatives, and clusters count them "
+        "twice"
+    ]
 
 
 def cluster_numbers(clusters: dict[str, Clusters]) -> dict[str, float]:

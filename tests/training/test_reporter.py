@@ -125,3 +125,14 @@ def test_a_limit_above_the_length_is_told(told):
         Reporter(config, 100, told, told).source(source, None)
         lines = [line for line in told.lines if "data.limit" in line]
         assert lines == ["  data.limit=14: there are only 13 pairs, and all are used"][:expected]
+
+
+def test_what_a_list_leaves_out_and_repeats_is_told(told, tmp_path):
+    rows = ["a.jpg\ta cat", "https://h.example/b.jpg\ta dog", "a.jpg\ta cat", "c.jpg\ta cat"]
+    (tmp_path / "pairs.tsv").write_text("\n".join(["filepath\ttitle", *rows]))
+    source = open_source(str(tmp_path / "pairs.tsv"))
+    Reporter(small_config("pairs.tsv"), 100, told, told).source(source, None)
+    assert any("a web address (https://)" in line and "1 (line 3)" in line for line in told.lines)
+    (told_of,) = warnings(told)
+    assert "1 of 3 pairs repeat an earlier one's picture and caption" in told_of
+    assert "negatives" in told_of
