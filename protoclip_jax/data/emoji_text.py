@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import SupportsIndex
 
 from protoclip_jax.data.typed_values import place
+from protoclip_jax.storage.screen import show_any_text
 
 # Zero-shot prompts for concept names: the four frames that the captions come in.
 TEMPLATES = ("{}", "{} emoji", "a drawing of {}", "an icon showing {}")
@@ -124,6 +125,7 @@ class EmojiText:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Writes the data set's files from the original list and pictures."""
+    show_any_text()
     parser = argparse.ArgumentParser(
         prog="python -m protoclip_jax.data.emoji_text", description=main.__doc__
     )

@@ -9,6 +9,7 @@ from jaxtyping import Int
 
 from protoclip_jax.data.decoding import REASONS
 from protoclip_jax.data.sources import PairSource, where
+from protoclip_jax.storage.screen import ESCAPED
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class UnreadableLog:
             if len(self) <= _WARNINGS:
                 logger.warning("skipped an unreadable pair: row %d, %s: %s", row, name, reason)
         if fresh and self._path is not None:
-            with open(self._path, "a", encoding="utf-8") as file:
+            with open(self._path, "a", encoding="utf-8", errors=ESCAPED) as file:
                 file.writelines(fresh)
 
     def _read_earlier(self, path: str | os.PathLike) -> None:

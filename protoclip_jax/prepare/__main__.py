@@ -18,6 +18,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from protoclip_jax.data import typed_values
 from protoclip_jax.data.source_options import WHAT, add_source_options, chosen_source
+from protoclip_jax.storage.screen import show_any_text
 
 # The rest is imported late: --help and a wrong option answer at once.
 
@@ -161,6 +162,7 @@ def _add_workers(command: argparse.ArgumentParser) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code: 0, or 2 for what cannot be done."""
+    show_any_text()
     options = build_parser().parse_args(arguments)
     try:
         return options.run(options)

@@ -20,6 +20,7 @@ from protoclip_jax.prepare.shard import (
 from protoclip_jax.storage.atomic import PART, clear_parts, part_of, settle, write_json
 from protoclip_jax.storage.lock import LOCK, NOTE, locked
 from protoclip_jax.storage.paths import local_only
+from protoclip_jax.storage.screen import ESCAPED
 
 __all__ = ["UNREADABLE", "ConvertSettings", "convert"]
 
@@ -140,7 +141,7 @@ def _summary(out: Path, source: PairSource, settings: ConvertSettings, count: in
     shards, unreadable = [], collections.defaultdict(LeftOut)
     next_row = 0
     table = part_of(out / UNREADABLE)
-    with open(table, "w", encoding="utf-8") as file:
+    with open(table, "w", encoding="utf-8", errors=ESCAPED) as file:
         for number in range(count):
             outcome = json.loads(outcome_path(out, number).read_text(encoding="utf-8"))
             first, stop = outcome["rows"]

@@ -25,6 +25,7 @@ from protoclip_jax.prepare.link_list import Layout, Link, find_layout, links, ph
 from protoclip_jax.storage.atomic import clear_parts, part_of, settle, write_json, write_text
 from protoclip_jax.storage.lock import NO_LOCKS, locked
 from protoclip_jax.storage.paths import local_only
+from protoclip_jax.storage.screen import ESCAPED
 
 FOLDER = "download"
 _LIST_ROWS = 1_000_000  # of one Parquet file: img2dataset holds one in memory at a time
@@ -98,7 +99,8 @@ def download(
     out = local_only(out, "shards are").absolute()
     folder = out / FOLDER
     _claim(out, folder)
-    with locked(folder), open(folder / "log.txt", "a+") as log:
+    log_path = folder / "log.txt"
+    with locked(folder), open(log_path, "a+", encoding="utf-8", errors=ESCAPED) as log:
         _end_earlier(folder, log)
         _agree(folder, list_path, settings, layout, photo_ids)
         notes = _handed_over(folder, list_path, settings, layout, photo_ids)

@@ -66,6 +66,7 @@ def workdir_at(path: str | os.PathLike) -> AnyPath:
             f"{os.fspath(path)}: checkpoints are written to gs:// or a local folder, which may be "
             "a mounted bucket"
         )
+    _refuse_undecodable(path)
     return as_path(path)
 
 
@@ -128,10 +129,21 @@ def local_only(path: str | os.PathLike, what: str) -> Path:
       what: is written, for the message, such as "--out: shards are".
 
     Raises:
-      ValueError: it is remote.
+      ValueError: it is remote, or no UTF-8.
     """
+    _refuse_undecodable(path)
     if is_remote(path):
         raise ValueError(
             f"{os.fspath(path)}: {what} written to a local folder, copy them afterwards"
         )
     return Path(path)
+
+
+def _refuse_undecodable(path: str | os.PathLike) -> None:
+    """Refuses a folder to write to whose name is no UTF-8, which the writing libraries cannot."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{os.fspath(path)}: its name is not UTF-8, choose another folder"
+        ) from None
