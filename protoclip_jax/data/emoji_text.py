@@ -9,6 +9,7 @@ import argparse
 import functools
 import hashlib
 import operator
+import sys
 import tempfile
 from collections.abc import Sequence
 from importlib import resources
@@ -140,6 +141,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Not at the top: reading needs no builder class, and tfds knows a class by its module.
     from protoclip_jax.data.emoji_text_builder import EmojiTextBuilder
 
+    if not sys.stderr.isatty():
+        import tensorflow_datasets as tfds
+
+        tfds.disable_progress_bar()
     builder = EmojiTextBuilder(pairs=options.pairs, images=options.images, data_dir=options.out)
     if builder.is_prepared():
         parser.error(f"{builder.data_dir} is there already: remove it, or choose another --out")

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int, Shaped
-from tqdm import tqdm
 
+from protoclip_jax.data.bar import counted
 from protoclip_jax.data.captions import is_caption
 from protoclip_jax.data.decoding import NO_CAPTION
 from protoclip_jax.data.files import MAX_BYTES
@@ -124,15 +124,16 @@ def _make(tars: list[str], stem: Path) -> None:
     ends, digests, report = [], [], {}
     with (
         tempfile.TemporaryFile(dir=stem.parent) as raw,
-        tqdm(tars, desc="index", unit="tar", disable=len(tars) < 8) as bar,
+        counted(len(tars), "tar", what="index", shown=len(tars) >= 8) as bar,
     ):
         rows = 0
-        for tar in bar:
+        for tar in tars:
             entries, own = _indexed(tar, digest, report)
             digests.append(own)
             raw.write(entries.tobytes())
             rows += len(entries)
             ends.append(rows)
+            bar.update()
         if not rows:
             text = "; ".join(f"{reason}: {left}" for reason, left in report.items())
             raise ValueError(f"{tars[0]} and others hold 0 pairs ({text or 'no files'})")

@@ -5,9 +5,8 @@ import dataclasses
 import json
 from pathlib import Path
 
-from tqdm import tqdm
-
 from protoclip_jax.data.array_records import FORMAT, META, SETTINGS, VERSION, fingerprint
+from protoclip_jax.data.bar import counted
 from protoclip_jax.data.left_out import LeftOut
 from protoclip_jax.data.sources import PairSource
 from protoclip_jax.prepare import pool
@@ -44,7 +43,7 @@ def convert(
       out: folder of the set.
       settings: form of pictures and shards.
       workers: processes that decode and write.
-      progress: show a bar.
+      progress: show how far it is.
 
     Returns:
       The content of meta.json.
@@ -64,9 +63,7 @@ def convert(
         done = sum(stop - start for start, stop in finished.values())
         if todo:
             job = ShardWriter(source, out.absolute(), settings, count)
-            with tqdm(
-                total=len(source), initial=done, unit="pair", smoothing=0.1, disable=not progress
-            ) as bar:
+            with counted(len(source), "pair", done=done, shown=progress) as bar:
                 for _ in pool.run(job, todo, workers, bar):
                     pass
         meta = _summary(out, source, settings, count)

@@ -18,8 +18,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from tqdm import tqdm
-
+from protoclip_jax.data.bar import counted
 from protoclip_jax.prepare import img2dataset
 from protoclip_jax.prepare.link_list import Layout, Link, find_layout, links, photo_ids
 from protoclip_jax.storage.atomic import clear_parts, part_of, settle, write_json, write_text
@@ -242,7 +241,7 @@ def _write_links(path: Path, rows: Iterator[Link], limit: int) -> int:
 
 
 def _run(full: list[str], out: Path, log, rows: int) -> None:
-    """Runs img2dataset to its end, with a bar of the rows of finished shards."""
+    """Runs img2dataset to its end, and counts the rows of finished shards."""
     print(f"{' '.join(full)}", file=log, flush=True)
     environment = os.environ | {"NO_ALBUMENTATIONS_UPDATE": "1", "PYTHONWARNINGS": "ignore"}
     group = out / FOLDER / _GROUP
@@ -256,7 +255,7 @@ def _run(full: list[str], out: Path, log, rows: int) -> None:
             env=environment,
             start_new_session=True,  # a group of its own, which can be ended as a whole
         ) as process,
-        tqdm(total=rows, unit="link", smoothing=0.1) as bar,
+        counted(rows, "link") as bar,
     ):
         try:
             write_text(group, str(process.pid))

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 from jaxtyping import Shaped, UInt64
-from tqdm import tqdm
 
+from protoclip_jax.data.bar import counted
 from protoclip_jax.data.decoding import UnreadableImage, load
 from protoclip_jax.data.sources import PairSource, read_pair
 from protoclip_jax.data.tokenizer import Tokenizer
@@ -115,7 +115,7 @@ def measure(source: PairSource, *, workers: int = 1, progress: bool = True) -> d
         range(first, min(first + _BLOCK, len(source))) for first in range(0, len(source), _BLOCK)
     ]
     parts, total = [], Part()
-    with tqdm(total=len(source), unit="pair", smoothing=0.1, disable=not progress) as bar:
+    with counted(len(source), "pair", shown=progress) as bar:
         for part in pool.run(_Reader(source), blocks, workers, bar):
             for name in ("unreadable", "formats", "scripts"):
                 getattr(total, name).update(getattr(part, name))

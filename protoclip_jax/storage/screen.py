@@ -1,5 +1,6 @@
 """Standard output and error as every command uses them."""
 
+import os
 import sys
 
 # For files of names too: what cannot be written is escaped, as in \xe4 or \udce9.
@@ -15,3 +16,6 @@ def show_any_text() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # not where a notebook stands in
             stream.reconfigure(errors=ESCAPED)
+    if not (sys.stderr and sys.stderr.isatty()):
+        # Bars of downloads, of a library that is imported later.
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
