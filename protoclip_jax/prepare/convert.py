@@ -136,6 +136,7 @@ def _clear(out: Path, finished: int, count: int) -> None:
 def _summary(out: Path, source: PairSource, settings: ConvertSettings, count: int) -> dict:
     """Adds up the outcomes: unreadable.tsv, and meta.json as the last file of all."""
     shards, unreadable = [], collections.defaultdict(LeftOut)
+    odd: dict[str, list] = {}
     next_row = 0
     table = part_of(out / UNREADABLE)
     with open(table, "w", encoding="utf-8", errors=ESCAPED) as file:
@@ -153,6 +154,8 @@ def _summary(out: Path, source: PairSource, settings: ConvertSettings, count: in
                 unreadable[reason].add(f"row {row}")
                 name = name.replace("\t", " ").replace("\n", " ")
                 file.write(f"{row}\t{name}\t{reason}\n")
+            for kind, (number_of, first_one) in outcome.get("odd", {}).items():
+                odd.setdefault(kind, [0, first_one])[0] += number_of
             shards.append(
                 {key: outcome[key] for key in ("file", "pairs", "rows", "bytes", "digest")}
             )
@@ -167,6 +170,7 @@ def _summary(out: Path, source: PairSource, settings: ConvertSettings, count: in
         "source_rows": len(source),
         **dataclasses.asdict(settings),
         "unreadable": {reason: dataclasses.asdict(left) for reason, left in unreadable.items()},
+        "odd": odd,
         "shards": shards,
     }
     if next_row != len(source):
@@ -185,3 +189,5 @@ def _tell(out: Path, meta: dict) -> None:
         print(f"  {reason}: {count:,}")
     if lost:
         print(f"  each of them is in {out / UNREADABLE}")
+    for kind, (count, first) in meta["odd"].items():
+        print(f"  {count:,} pictures have {kind}, and are used all the same; the first is {first}")

@@ -4,10 +4,13 @@ import math
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from tiny_run import small_config
 
+from protoclip_jax.data.image_warnings import NOTES
 from protoclip_jax.data.sources import open_source
+from protoclip_jax.data.unreadable import UnreadableLog, odd_code
 from protoclip_jax.training.logging import Meter, MetricLog
 from protoclip_jax.training.phases import phase_of
 from protoclip_jax.training.progress import Progress
@@ -125,6 +128,25 @@ def test_a_limit_above_the_length_is_told(told):
         Reporter(config, 100, told, told).source(source, None)
         lines = [line for line in told.lines if "data.limit" in line]
         assert lines == ["  data.limit=14: there are only 13 pairs, and all are used"][:expected]
+
+
+def test_pairs_that_cannot_be_read_are_told_when_there_are_more(told):
+    source = open_source(str(CASES / "DIST-01" / "pairs.tsv"))
+    reporter, log = Reporter(small_config("pairs.tsv"), 100, told, told), UnreadableLog(source)
+    reporter.losses(log)
+    assert not told.lines
+    notes = odd_code(NOTES)
+    log.add(np.array([[1, 0], [2, 0], [3, 6], [4, notes], [1, 0], [5, notes]]))
+    reporter.losses(log)
+    reporter.losses(log)
+    few, odd = told.lines
+    assert "3 pairs could not be read so far, over all processes" in few
+    assert "(missing file: 2, truncated image: 1)" in few
+    assert f"2 pictures so far have {NOTES}, and are used all the same" in odd
+    assert odd.endswith(source.where(4))
+    log.add(np.array([[6, 0]]))
+    reporter.losses(log)
+    assert len(told.lines) == 3
 
 
 def test_what_a_list_leaves_out_and_repeats_is_told(told, tmp_path):
