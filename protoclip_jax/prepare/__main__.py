@@ -58,7 +58,9 @@ def _add_download(commands) -> None:
         "YFCC100M table are recognised. The result is a source: give its folder to `convert`.",
     )
     command.add_argument(
-        "list", type=typed_values.place, help="the list: .tsv, .csv or .txt, also .gz or .bz2"
+        "list",
+        type=typed_values.place,
+        help="the list: .tsv, .csv or .txt, also compressed (gzip, bzip2, xz)",
     )
     command.add_argument(
         "--out", type=typed_values.place, required=True, help="folder for the shards"
