@@ -151,3 +151,6 @@ def test_old_line_ends_are_named(tmp_path):
     for ends in ("\r", "\r\r"):
         told = refusal(tmp_path, f"filepath\ttitle\na.jpg\ta cat{ends}b.jpg\ta dog{ends}")
         assert f"{pair_list.OLD_LINE_ENDS}: 1 (line 2)" in told
+    # Also where two rows together have no more cells than the header.
+    told = refusal(tmp_path, "filepath\ttitle\tother\na.jpg\ta cat\rb.jpg\ta dog\n")
+    assert f"{pair_list.OLD_LINE_ENDS}: 1 (line 2)" in told
