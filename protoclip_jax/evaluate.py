@@ -28,6 +28,7 @@ from protoclip_jax.data.source_options import WHAT, add_source_options, chosen_s
 from protoclip_jax.storage import objects
 from protoclip_jax.storage.atomic import write_json
 from protoclip_jax.storage.paths import AnyPath, workdir_at
+from protoclip_jax.storage.screen import show_any_text
 
 # The rest is imported late where it takes seconds: --help and a wrong option answer at once.
 
@@ -92,6 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code: 0, or 2 for what cannot be evaluated."""
+    show_any_text()
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     options = build_parser().parse_args(arguments)
     try:

@@ -32,6 +32,7 @@ from protoclip_jax import idle_options
 from protoclip_jax.config import ConfigError
 from protoclip_jax.recipe import OVERRIDE, configured, option_types
 from protoclip_jax.storage.home import at_home
+from protoclip_jax.storage.screen import show_any_text
 from protoclip_jax.suggestions import no_such_word
 
 LEFT = 75  # EX_TEMPFAIL: what a scheduler may start again
@@ -195,6 +196,7 @@ def _refuse(message: str) -> NoReturn:
 
 def main() -> None:
     """The console entry."""
+    show_any_text()
     app.run(run, flags_parser=parse)
 
 

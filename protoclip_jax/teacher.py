@@ -19,6 +19,7 @@ from collections.abc import Sequence
 
 from protoclip_jax.data import typed_values
 from protoclip_jax.data.source_options import WHAT, add_source_options, chosen_source
+from protoclip_jax.storage.screen import show_any_text
 
 # The rest is imported late where it takes seconds: --help and a wrong option answer at once.
 
@@ -61,6 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code: 0, or 2 for what cannot be done."""
+    show_any_text()
     options = build_parser().parse_args(arguments)
     try:
         make(options)

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from protoclip_jax.benchmark import arguments as common
+from protoclip_jax.storage.screen import show_any_text
 
 # XLA's chatter would stand between the lines of the table; errors still show.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -64,6 +65,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the report's exit code, or 2 for what cannot be measured."""
+    show_any_text()
     options = parse(sys.argv[1:] if arguments is None else arguments)
     try:
         report = _module(options.benchmark).run(options)

@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 from PIL import Image
 
+from protoclip_jax.data.image_warnings import caught
 from protoclip_jax.data.resizing import resized
 
 # Recognised by content. Formats that start other programs (EPS) or have no signature of their own
@@ -96,8 +97,9 @@ def load(data: bytes, *, max_pixels: int = MAX_PIXELS, parity: bool = False) -> 
       UnreadableImage: whatever is wrong with it.
     """
     try:
-        image = _open(data, max_pixels)
-        return image if parity else plain(image)
+        with caught():  # warnings, for whoever collects them
+            image = _open(data, max_pixels)
+            return image if parity else plain(image)
     except UnreadableImage:
         raise
     except Exception as error:  # decoders raise anything: struct.error, MemoryError, KeyError...

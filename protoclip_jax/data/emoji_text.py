@@ -9,6 +9,7 @@ import argparse
 import functools
 import hashlib
 import operator
+import sys
 import tempfile
 from collections.abc import Sequence
 from importlib import resources
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import SupportsIndex
 
 from protoclip_jax.data.typed_values import place
+from protoclip_jax.storage.screen import show_any_text
 
 # Zero-shot prompts for concept names: the four frames that the captions come in.
 TEMPLATES = ("{}", "{} emoji", "a drawing of {}", "an icon showing {}")
@@ -124,6 +126,7 @@ class EmojiText:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Writes the data set's files from the original list and pictures."""
+    show_any_text()
     parser = argparse.ArgumentParser(
         prog="python -m protoclip_jax.data.emoji_text", description=main.__doc__
     )
@@ -138,6 +141,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Not at the top: reading needs no builder class, and tfds knows a class by its module.
     from protoclip_jax.data.emoji_text_builder import EmojiTextBuilder
 
+    if not sys.stderr.isatty():
+        import tensorflow_datasets as tfds
+
+        tfds.disable_progress_bar()
     builder = EmojiTextBuilder(pairs=options.pairs, images=options.images, data_dir=options.out)
     if builder.is_prepared():
         parser.error(f"{builder.data_dir} is there already: remove it, or choose another --out")

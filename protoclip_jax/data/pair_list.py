@@ -3,7 +3,9 @@
 What a list is:
 - UTF-8, with or without a byte-order mark; a header names the columns; one line is one pair.
 - With the tab as separator, quotes are ordinary characters. With any other separator a line
-  follows CSV's rules for quotes; a quoted field cannot span lines.
+  follows CSV's rules for quotes. A quoted field that goes on over further lines is left out with
+  all of them, also where the separator is the tab and the lines make a row only together.
+- A path may begin with the scheme of a bucket, such as gs://; a web address is no path.
 - Relative paths start at the list's own folder, or at `image_root`.
 - Two lists are the same (have one fingerprint) if their lines below the header are equal, byte for
   byte and in order, and the two columns and the separator are. Where the list lies and where its
@@ -13,7 +15,6 @@ A row that cannot be a pair is dropped and counted by reason before anything sta
 is left out: pairs + dropped rows = lines below the header.
 """
 
-import csv
 import dataclasses
 import functools
 import hashlib
@@ -22,26 +23,46 @@ import weakref
 from collections.abc import Iterator
 
 import numpy as np
-from jaxtyping import Int
 
 from protoclip_jax.data.captions import is_caption
 from protoclip_jax.data.decoding import NO_CAPTION
 from protoclip_jax.data.files import read_picture
+from protoclip_jax.data.list_form import HEAD, refuse_other_forms
+from protoclip_jax.data.list_header import read_header
+from protoclip_jax.data.list_lines import (
+    FIELD_LINES,
+    Repeats,
+    chunks,
+    lines,
+    read_at,
+    record,
+    runs_on,
+    suspects,
+)
 from protoclip_jax.data.seen_files import SeenFiles, unreachable
 from protoclip_jax.storage.copies import local_copy
 from protoclip_jax.storage.disks import patient
-from protoclip_jax.storage.paths import absolute, full_path, is_remote
+from protoclip_jax.storage.paths import (
+    absolute,
+    check_scheme,
+    full_path,
+    is_remote,
+    readable_schemes,
+    scheme,
+)
 
 NO_PATH = "no path"
 EMPTY_LINE = "empty line"
 NOT_UTF8 = "not UTF-8"
 TOO_MANY_COLUMNS = "more columns than the header"
 BROKEN_QUOTES = "quotes that do not end on the line"
+CONTINUED = "the rest of a quoted field over several lines"
+OLD_LINE_ENDS = "carriage returns within the line (old Mac line ends?)"
+WEB = "a web address (%s://): get the pictures with `prepare download`"
 
 _EXAMPLES = 5  # line numbers kept by reason
 _STRIDE = 32  # one line start in so many is kept: 0.25 bytes a row
-_CHUNK = 2**22  # bytes scanned at a time
-_BOM = b"\xef\xbb\xbf"
+_FIELD_BYTES = 2**16  # of a quoted field over several lines
 
 
 @dataclasses.dataclass
@@ -83,7 +104,8 @@ class PairList:
         Raises:
           FileNotFoundError: there is no such list.
           SourceChanged: it is being written.
-          ValueError: it is not UTF-8, lacks a column, or holds no pair.
+          ValueError: it is another kind of file, lacks a column, or holds no pair; or
+            `image_root` cannot be read.
         """
         self.name = os.fspath(path)
         self._path = local_copy(self.name)  # absolute: a worker may start in another folder
@@ -93,9 +115,14 @@ class PairList:
         self._separator = separator
         # Nobody else writes the copy of a remote list.
         self._seen = None if is_remote(self.name) else SeenFiles.now([self._path])
-        columns, self._head = _header(
-            self.name, self._file, separator, (image_column, caption_column)
+        if is_remote(self._root):
+            check_scheme(self._root)
+        refuse_other_forms(self.name, read_at(self._file, 0, HEAD))
+        head = next(chunks(self._file, 0), (b"", 0))[0]
+        columns, self._head = read_header(
+            self.name, head, separator, (image_column, caption_column)
         )
+        del head
         self._image, self._caption = columns.index(image_column), columns.index(caption_column)
         self._width = len(columns)
         self.report: dict[str, Dropped] = {}
@@ -115,25 +142,25 @@ class PairList:
     def _scan(self) -> None:
         digest = self._digest()
         self._starts, dropped = [], []
-        lines = 0
-        for chunk, offset in _chunks(self._file, len(self._head)):
+        count = self._continued = 0
+        for chunk, offset in chunks(self._file, len(self._head)):
             digest.update(chunk)
-            starts, ends = _lines(chunk)
-            kept_starts = starts[-lines % _STRIDE :: _STRIDE]
+            starts, ends = lines(chunk)
+            kept_starts = starts[-count % _STRIDE :: _STRIDE]
             self._starts.append(kept_starts + offset)
-            for line, reason in self._faults(chunk, starts, ends):
-                dropped.append(lines + line)
+            for line, reason in self._faults(chunk, offset, starts, ends):
+                dropped.append(count + line)
                 entry = self.report.setdefault(reason, Dropped())
                 entry.count += 1
                 if len(entry.lines) < _EXAMPLES:
-                    entry.lines.append(lines + line + 2)
-            lines += len(starts)
+                    entry.lines.append(count + line + 2)
+            count += len(starts)
             self._end = offset + len(chunk)
         self._starts = np.concatenate([np.zeros(0, np.int64), *self._starts])
         digest.update(np.array(dropped, np.int64).tobytes())  # other rules, other rows
         # Row r is line r + i for the i dropped lines before it: those with line - i <= r.
         self._shifted = np.array(dropped, np.int64) - np.arange(len(dropped))
-        self._rows = lines - len(dropped)
+        self._rows = count - len(dropped)
         self.fingerprint = digest.hexdigest()
 
     def _digest(self):
@@ -144,21 +171,45 @@ class PairList:
         """Whether the list under our path has the content that was scanned."""
         digest = self._digest()
         with open(self._path, "rb", buffering=0) as file:
-            if _read(file.fileno(), 0, len(self._head)) != self._head:
+            if read_at(file.fileno(), 0, len(self._head)) != self._head:
                 return False
-            for chunk, _ in _chunks(file.fileno(), len(self._head)):
+            for chunk, _ in chunks(file.fileno(), len(self._head)):
                 digest.update(chunk)
         return digest.hexdigest() == self.fingerprint
 
-    def _faults(self, chunk, starts, ends) -> Iterator[tuple[int, str]]:
-        """Bad lines of a chunk, in order, with the reason."""
-        suspects = _suspects(
-            chunk, starts, ends, self._separator, self._width, (self._image, self._caption)
+    def _faults(self, chunk, offset, starts, ends) -> Iterator[tuple[int, str]]:
+        """Bad lines of a chunk at an offset, in order, with the reason."""
+        found = suspects(
+            chunk,
+            starts,
+            ends,
+            self._separator,
+            self._width,
+            (self._image, self._caption),
+            readable_schemes(),
         )
-        for line in suspects:
-            reason = self._fault(chunk[starts[line] : ends[line]])
+        done = min(self._continued, len(starts))
+        self._continued -= done
+        yield from ((line, CONTINUED) for line in range(done))
+        for line in found.tolist():
+            if line < done:
+                continue
+            text = chunk[starts[line] : ends[line]]
+            more = self._runs_on(text, offset + int(ends[line]) + 1) if b'"' in text else 0
+            reason = BROKEN_QUOTES if more else self._fault(text)
             if reason is not None:
-                yield int(line), reason
+                yield line, reason
+            done = min(line + 1 + more, len(starts))
+            self._continued = line + 1 + more - done
+            yield from ((rest, CONTINUED) for rest in range(line + 1, done))
+
+    def _runs_on(self, line: bytes, after: int) -> int:
+        """Over how many of the lines after it (at a place of the file) a quoted field goes on."""
+        first = _plain(line)
+        if record([first, ""], self._separator)[1] == 1:
+            return 0  # most quotes end where they should: the file is not asked
+        rest = read_at(self._file, after, _FIELD_BYTES).split(b"\n")[:FIELD_LINES]
+        return runs_on(first, list(map(_plain, rest)), self._separator, self._width)
 
     def _fault(self, line: bytes) -> str | None:
         """Why a line cannot be a pair, or None."""
@@ -171,10 +222,14 @@ class PairList:
         cells = self._cells(text)
         if cells is None:
             return BROKEN_QUOTES
+        if "\r" in text.rstrip("\r") and (self._separator == "\t" or '"' not in text):
+            return OLD_LINE_ENDS
         if len(cells) > self._width:
             return TOO_MANY_COLUMNS
         if len(cells) <= self._image or not cells[self._image].strip():
             return NO_PATH
+        if reason := _foreign(scheme(cells[self._image].strip())):
+            return reason
         if len(cells) <= self._caption or not is_caption(cells[self._caption]):
             return NO_CAPTION
         return None
@@ -185,12 +240,8 @@ class PairList:
         if self._separator == "\t" or '"' not in text:
             return text.split(self._separator)
         # A quote left open makes the reader ask for the second line.
-        reader = csv.reader([text, ""], delimiter=self._separator)
-        try:
-            cells = next(reader)
-        except csv.Error:
-            return None
-        return cells if reader.line_num == 1 else None
+        cells, lines = record([text, ""], self._separator)
+        return cells if lines == 1 else None
 
     def __len__(self) -> int:
         return self._rows
@@ -245,6 +296,32 @@ class PairList:
         path, caption = self.cells(row)
         return read_picture(path), caption
 
+    def repeats(self) -> Repeats:
+        """Counts pairs whose path and caption are those of an earlier one; reads the whole list."""
+        if self._seen is not None:
+            self._seen.check(self._path, self._same)
+        found, count = Repeats(), 0
+        dropped = self._shifted + np.arange(len(self._shifted))
+        for chunk, _ in chunks(self._file, len(self._head)):
+            texts = chunk.replace(b"\r\n", b"\n").removesuffix(b"\n").split(b"\n")
+            begin, end = np.searchsorted(dropped, [count, count + len(texts)])
+            for line in dropped[begin:end][::-1].tolist():
+                del texts[line - count]
+            count += len(texts) + int(end - begin)
+            found.add(self._pairs(texts))
+        return found
+
+    def _pairs(self, texts: list[bytes]) -> list[bytes]:
+        """What of lines makes a pair."""
+        if self._width == 2:
+            return texts
+        separator = self._separator.encode()
+        if separator == b"\t":
+            parted = (text.split(separator) for text in texts)
+            return [cells[self._image] + b"\t" + cells[self._caption] for cells in parted]
+        both = (self._cells(text.decode()) for text in texts)
+        return [f"{cells[self._image]}\t{cells[self._caption]}".encode() for cells in both]
+
     def _report_text(self) -> str:
         parts = [f"{reason}: {dropped}" for reason, dropped in self.report.items()]
         return f" (dropped: {'; '.join(parts)})" if parts else ""
@@ -253,119 +330,19 @@ class PairList:
         return {key: value for key, value in self.__dict__.items() if key != "_file"}
 
 
-def _read(file: int, begin: int, length: int) -> bytes:
-    return patient(lambda: os.pread(file, length, begin))
+def _plain(line: bytes) -> str:
+    return line.decode(errors="replace").removesuffix("\r")
 
 
-def _header(
-    path: str, file: int, separator: str, wanted: tuple[str, str]
-) -> tuple[list[str], bytes]:
-    """Column names, and the line that names them."""
-    head = next(_chunks(file, 0), (b"", 0))[0]
-    if not head:
-        raise ValueError(f"{path} is empty: it holds 0 pairs")
-    _refuse_other_encodings(path, head[:4096])
-    head = head[: head.find(b"\n") + 1] or head
+@functools.cache
+def _foreign(name: str) -> str | None:
+    """Why a path with a scheme cannot be read, or None if it can."""
+    if not name or name in readable_schemes():
+        return None
+    if name.lower() in ("http", "https", "ftp"):
+        return WEB % name
     try:
-        text = head.removesuffix(b"\n").removeprefix(_BOM).decode().strip("\r")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: line 1 is not UTF-8 (byte {error.start}): convert it") from error
-    columns = [name.strip().strip('"') for name in text.split(separator)]
-    missing = [name for name in wanted if columns.count(name) != 1]
-    if missing:
-        raise ValueError(
-            f"{path}: its columns with separator {separator!r} are {str(columns)[:300]}; wanted "
-            f"{wanted[0]!r} and {wanted[1]!r}, each once: set image_column and caption_column, or "
-            f"separator{_other_separator(text, separator, wanted)}"
-        )
-    return columns, head
-
-
-def _other_separator(header: str, separator: str, wanted: tuple[str, str]) -> str:
-    for other in "\t,;|":
-        names = [name.strip().strip('"') for name in header.split(other)]
-        if other != separator and all(name in names for name in wanted):
-            return f" (looks like {other!r})"
-    return ""
-
-
-def _refuse_other_encodings(path: str, head: bytes) -> None:
-    found = None
-    if head.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
-        found = "UTF-32"
-    elif head.startswith(b"\xff\xfe") or b"\0" in head[1:200:2]:
-        found = "UTF-16 (little endian)"
-    elif head.startswith(b"\xfe\xff") or b"\0" in head[0:200:2]:
-        found = "UTF-16 (big endian)"
-    if found:
-        raise ValueError(
-            f"{path} is encoded in {found}, wanted UTF-8: convert it, for example with "
-            f"`iconv -f {found.split()[0]} -t UTF-8`"
-        )
-
-
-def _chunks(file: int, first: int) -> Iterator[tuple[bytes, int]]:
-    """Runs of whole lines with their offset; the last may lack its line end."""
-    parts, at = [], first
-    size = os.fstat(file).st_size  # of a file that grows, what is there now
-    while block := _read(file, at, min(_CHUNK, max(0, size - at))):
-        at += len(block)
-        end = block.rfind(b"\n") + 1
-        if end:
-            whole, parts = b"".join([*parts, block[:end]]), [block[end:]]
-            del block  # memory is what is yielded
-            yield whole, first
-            first += len(whole)
-        else:
-            parts.append(block)
-    if any(parts):
-        yield b"".join(parts), first
-
-
-def _lines(chunk: bytes) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
-    """Where each line of a chunk starts and ends (without its line end)."""
-    ends = np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n"))
-    if not chunk.endswith(b"\n"):
-        ends = np.append(ends, len(chunk))
-    return np.concatenate([[0], ends[:-1] + 1]), ends
-
-
-def _suspects(
-    chunk: bytes,
-    starts: Int[np.ndarray, " n"],
-    ends: Int[np.ndarray, " n"],
-    separator: str,
-    width: int,
-    columns: tuple[int, int],
-) -> Int[np.ndarray, " m"]:
-    """Lines that a closer look has to clear; all others are pairs for certain.
-
-    Certain means: UTF-8, no more columns than the header, both cells have a visible ASCII
-    character, nothing that cleaning could take away for it, and (with CSV's rules) no quotes.
-    """
-    codes = np.frombuffer(chunk, np.uint8)
-    separators = np.flatnonzero(codes == ord(separator))
-    first = np.searchsorted(separators, starts)
-    count = np.searchsorted(separators, ends) - first
-    suspect = count >= width
-    visible = np.concatenate([[0], np.cumsum((codes > 32) & (codes < 127), dtype=np.int32)])
-    # One more separator, beyond every line, so that indexing past the last stays inside.
-    separators = np.append(separators, [len(chunk)] * (width + 1))
-    for column in columns:
-        begin = starts if column == 0 else separators[first + column - 1] + 1
-        stop = np.minimum(separators[first + column], ends)
-        lacks = count < column
-        begin = np.minimum(begin, stop)
-        suspect |= lacks | (visible[stop] == visible[begin])
-    # What a caption may be made of that is none: HTML entities, special tokens, escape codes.
-    doubtful = (codes == ord("&")) | (codes == ord("<")) | (codes == 27)
-    suspect[np.searchsorted(ends, np.flatnonzero(doubtful))] = True
-    if separator != "\t":
-        quotes = np.flatnonzero(codes == ord('"'))
-        suspect[np.searchsorted(ends, quotes)] = True
-    try:
-        chunk.decode()
-    except UnicodeDecodeError:
-        # Rare: every line that is not plain ASCII is looked at.
-        suspect[np.searchsorted(ends, np.flatnonzero(codes > 127))] = True
-    return np.flatnonzero(suspect)
+        check_scheme(f"{name}://")
+    except ValueError as error:
+        return str(error)
+    return None

@@ -15,9 +15,11 @@ from PIL import Image
 
 from protoclip_jax.data.augmentation import Augmentation, training_crop
 from protoclip_jax.data.decoding import BROKEN, REASONS, UnreadableImage, evaluation_crop, load
+from protoclip_jax.data.image_warnings import caught
 from protoclip_jax.data.kept import Keep, KeptPairs, Pair, opened
 from protoclip_jax.data.seen_files import SourceError
 from protoclip_jax.data.sources import PairSource, read_pair, where
+from protoclip_jax.data.unreadable import odd_code
 from protoclip_jax.data.walk import PASSES, Walk
 
 # Pairs tried for one position. Where half of a source is unreadable, one position in 4 billion
@@ -26,7 +28,7 @@ TRIES = 32
 
 _SUBSTITUTE = 2  # keeps the substitutes' random numbers apart from those of the passes
 
-Fault = tuple[int, int]  # row, number of the reason
+Fault = tuple[int, int]  # row, number of the reason; below 0: of what is odd (`odd_code`)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +180,10 @@ class BatchReader:
         for _ in range(TRIES):
             try:
                 data, caption = read_pair(reading.source, row)
-                return self._decoded(data, caption, row, kind, episode, position)
+                with caught() as odd:
+                    made = self._decoded(data, caption, row, kind, episode, position)
+                faults.extend((row, odd_code(what)) for what in odd)
+                return made
             except UnreadableImage as error:
                 faults.append((row, REASONS.index(error.reason)))
                 last = f"{where(reading.source, row)} ({error})"

@@ -8,6 +8,7 @@ from protoclip_jax.data.array_records import ArrayRecordPairs, is_array_records
 from protoclip_jax.data.captions import is_caption
 from protoclip_jax.data.decoding import NO_CAPTION, UnreadableImage
 from protoclip_jax.data.left_out import shown
+from protoclip_jax.data.list_form import HEAD, refuse_other_forms
 from protoclip_jax.data.pair_list import PairList
 from protoclip_jax.data.subset import Subset
 from protoclip_jax.data.tars import TarPairs, tar_paths
@@ -110,6 +111,21 @@ def _found(spec: str) -> str:
     return "" if os.path.exists(spec) else " (no such file or folder)"
 
 
+def _refuse_other_form(spec: str) -> None:
+    """Names a file that is no source by what it is, such as a compressed list."""
+    if os.path.isfile(spec):
+        with open(spec, "rb") as file:
+            head = file.read(HEAD)
+    elif is_remote(spec):
+        try:
+            head = objects.read(spec, 0, HEAD)
+        except (FileNotFoundError, IsADirectoryError):
+            return
+    else:
+        return
+    refuse_other_forms(spec, head)
+
+
 def needless_limit(pairs: int, limit: int | None) -> str | None:
     """A line on a limit above the number of pairs, which takes them all; none where it acts."""
     return f"there are only {pairs:,} pairs, and all are used" if limit and limit > pairs else None
@@ -160,6 +176,7 @@ def open_source(
             source = opens(spec, options)
             break
     else:
+        _refuse_other_form(spec)
         known = "; ".join(form for form, _, _ in KINDS)
         raise ValueError(f"no kind of data source is called {spec!r}{_found(spec)}: wanted {known}")
     if limit is not None and limit < len(source):

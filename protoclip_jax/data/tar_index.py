@@ -25,8 +25,8 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int, Shaped
-from tqdm import tqdm
 
+from protoclip_jax.data.bar import counted
 from protoclip_jax.data.left_out import LeftOut
 from protoclip_jax.data.seen_files import State, states_of
 from protoclip_jax.data.tar_members import BLOCK, Read, members
@@ -188,16 +188,17 @@ def _make(tars: Sequence[str], states: list[State], stem: Path | None) -> TarInd
     ends, digests, report = [], [], {}
     with (
         _scratch(stem) as raw,
-        tqdm(tars, desc="index", unit="tar", disable=None if len(tars) >= 8 else True) as bar,
+        counted(len(tars), "tar", what="index", shown=len(tars) >= 8) as bar,
     ):
         rows = 0
-        for tar in bar:
+        for tar in tars:
             entries, own = _indexed(tar, digest, report)
             digests.append(own)
             with _keeping():
                 raw.write(entries.tobytes())
             rows += len(entries)
             ends.append(rows)
+            bar.update()
         if not rows:
             text = "; ".join(f"{reason}: {left}" for reason, left in report.items())
             raise ValueError(f"{tars[0]} and others hold 0 pairs ({text or 'no files'})")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Int
-from tqdm import tqdm
 
+from protoclip_jax.data.bar import counted
 from protoclip_jax.data.pca import PCA, fit_pca
 from protoclip_jax.data.sentence_encoders import SentenceEncoder
 from protoclip_jax.data.sources import PairSource
@@ -62,7 +62,7 @@ def make_teacher(
       out: the .npy file to make.
       settings: see there.
       pca: a fitted one to use, instead of fitting one to these captions.
-      progress: show a bar.
+      progress: show how far it is.
 
     Returns:
       The PCA that was used.
@@ -82,7 +82,7 @@ def make_teacher(
         )
     work = _Work(source, encoder, out, settings, pca)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tqdm(total=len(source), initial=work.done, unit="caption", disable=not progress) as bar:
+    with counted(len(source), "caption", done=work.done, shown=progress) as bar:
         used = work.reduced(bar)
     if pca is None:
         used.save(pca_path(out))
@@ -142,7 +142,7 @@ class _Work:
         """Captions embedded by an earlier run."""
         return self._notes["sample"] + self._notes["rest"]
 
-    def reduced(self, bar: tqdm) -> PCA:
+    def reduced(self, bar) -> PCA:
         """Fits the PCA, and puts every row's reduced features in the result."""
         pca = self._pca
         dimensions = self._settings.dimensions if pca is None else len(pca.components_de)
@@ -164,7 +164,7 @@ class _Work:
         rows: Int[np.ndarray, " n"],
         file: Float[np.ndarray, "m e"],
         change: Callable,
-        bar: tqdm,
+        bar,
     ) -> None:
         """Embeds the captions of `rows`: the sample's in their sequence, the rest's by row."""
         for first in range(self._notes[stage], len(rows), _CHUNK):

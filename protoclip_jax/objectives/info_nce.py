@@ -18,6 +18,10 @@ def info_nce(
 ) -> Float[Array, ""]:
     """CLIP's loss: mean of both cross-entropies of exp(s) I T' (reference: `ClipLoss`).
 
+    Every other row is a negative, whatever it shows: where a batch holds a pair twice, or two
+    images with equal captions, the loss pushes apart what is the same. `prepare stats` counts
+    such pairs, and training warns of those that a list repeats.
+
     Args:
         image_bd: L2-normalised image features of the global batch.
         text_bd: L2-normalised text features; row i belongs to image i.

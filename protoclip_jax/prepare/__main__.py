@@ -18,6 +18,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from protoclip_jax.data import typed_values
 from protoclip_jax.data.source_options import WHAT, add_source_options, chosen_source
+from protoclip_jax.storage.screen import show_any_text
 
 # The rest is imported late: --help and a wrong option answer at once.
 
@@ -57,7 +58,9 @@ def _add_download(commands) -> None:
         "YFCC100M table are recognised. The result is a source: give its folder to `convert`.",
     )
     command.add_argument(
-        "list", type=typed_values.place, help="the list: .tsv, .csv or .txt, also .gz or .bz2"
+        "list",
+        type=typed_values.place,
+        help="the list: .tsv, .csv or .txt, also compressed (gzip, bzip2, xz)",
     )
     command.add_argument(
         "--out", type=typed_values.place, required=True, help="folder for the shards"
@@ -161,6 +164,7 @@ def _add_workers(command: argparse.ArgumentParser) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code: 0, or 2 for what cannot be done."""
+    show_any_text()
     options = build_parser().parse_args(arguments)
     try:
         return options.run(options)

@@ -5,9 +5,8 @@ import dataclasses
 import json
 from pathlib import Path
 
-from tqdm import tqdm
-
 from protoclip_jax.data.array_records import FORMAT, META, SETTINGS, VERSION, fingerprint
+from protoclip_jax.data.bar import counted
 from protoclip_jax.data.left_out import LeftOut
 from protoclip_jax.data.sources import PairSource
 from protoclip_jax.prepare import pool
@@ -20,6 +19,7 @@ from protoclip_jax.prepare.shard import (
 from protoclip_jax.storage.atomic import PART, clear_parts, part_of, settle, write_json
 from protoclip_jax.storage.lock import LOCK, NOTE, locked
 from protoclip_jax.storage.paths import local_only
+from protoclip_jax.storage.screen import ESCAPED
 
 __all__ = ["UNREADABLE", "ConvertSettings", "convert"]
 
@@ -43,7 +43,7 @@ def convert(
       out: folder of the set.
       settings: form of pictures and shards.
       workers: processes that decode and write.
-      progress: show a bar.
+      progress: show how far it is.
 
     Returns:
       The content of meta.json.
@@ -63,9 +63,7 @@ def convert(
         done = sum(stop - start for start, stop in finished.values())
         if todo:
             job = ShardWriter(source, out.absolute(), settings, count)
-            with tqdm(
-                total=len(source), initial=done, unit="pair", smoothing=0.1, disable=not progress
-            ) as bar:
+            with counted(len(source), "pair", done=done, shown=progress) as bar:
                 for _ in pool.run(job, todo, workers, bar):
                     pass
         meta = _summary(out, source, settings, count)
@@ -138,9 +136,10 @@ def _clear(out: Path, finished: int, count: int) -> None:
 def _summary(out: Path, source: PairSource, settings: ConvertSettings, count: int) -> dict:
     """Adds up the outcomes: unreadable.tsv, and meta.json as the last file of all."""
     shards, unreadable = [], collections.defaultdict(LeftOut)
+    odd: dict[str, list] = {}
     next_row = 0
     table = part_of(out / UNREADABLE)
-    with open(table, "w", encoding="utf-8") as file:
+    with open(table, "w", encoding="utf-8", errors=ESCAPED) as file:
         for number in range(count):
             outcome = json.loads(outcome_path(out, number).read_text(encoding="utf-8"))
             first, stop = outcome["rows"]
@@ -155,6 +154,8 @@ def _summary(out: Path, source: PairSource, settings: ConvertSettings, count: in
                 unreadable[reason].add(f"row {row}")
                 name = name.replace("\t", " ").replace("\n", " ")
                 file.write(f"{row}\t{name}\t{reason}\n")
+            for kind, (number_of, first_one) in outcome.get("odd", {}).items():
+                odd.setdefault(kind, [0, first_one])[0] += number_of
             shards.append(
                 {key: outcome[key] for key in ("file", "pairs", "rows", "bytes", "digest")}
             )
@@ -169,6 +170,7 @@ def _summary(out: Path, source: PairSource, settings: ConvertSettings, count: in
         "source_rows": len(source),
         **dataclasses.asdict(settings),
         "unreadable": {reason: dataclasses.asdict(left) for reason, left in unreadable.items()},
+        "odd": odd,
         "shards": shards,
     }
     if next_row != len(source):
@@ -187,3 +189,5 @@ def _tell(out: Path, meta: dict) -> None:
         print(f"  {reason}: {count:,}")
     if lost:
         print(f"  each of them is in {out / UNREADABLE}")
+    for kind, (count, first) in meta["odd"].items():
+        print(f"  {count:,} pictures have {kind}, and are used all the same; the first is {first}")

@@ -18,13 +18,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from tqdm import tqdm
-
+from protoclip_jax.data.bar import counted
 from protoclip_jax.prepare import img2dataset
 from protoclip_jax.prepare.link_list import Layout, Link, find_layout, links, photo_ids
 from protoclip_jax.storage.atomic import clear_parts, part_of, settle, write_json, write_text
 from protoclip_jax.storage.lock import NO_LOCKS, locked
 from protoclip_jax.storage.paths import local_only
+from protoclip_jax.storage.screen import ESCAPED
 
 FOLDER = "download"
 _LIST_ROWS = 1_000_000  # of one Parquet file: img2dataset holds one in memory at a time
@@ -98,7 +98,8 @@ def download(
     out = local_only(out, "shards are").absolute()
     folder = out / FOLDER
     _claim(out, folder)
-    with locked(folder), open(folder / "log.txt", "a+") as log:
+    log_path = folder / "log.txt"
+    with locked(folder), open(log_path, "a+", encoding="utf-8", errors=ESCAPED) as log:
         _end_earlier(folder, log)
         _agree(folder, list_path, settings, layout, photo_ids)
         notes = _handed_over(folder, list_path, settings, layout, photo_ids)
@@ -161,10 +162,12 @@ def _agree(
     folder: Path, list_path: str, settings: DownloadSettings, layout: Layout, ids: str | None
 ) -> None:
     """Notes what is downloaded, or compares."""
+    how = dataclasses.asdict(layout) | {"captions": list(layout.captions)}
     wanted = {
         "list": _digest(list_path),
         "photo_ids": _digest(ids) if ids else None,
-        "layout": dataclasses.asdict(layout) | {"captions": list(layout.captions)},
+        # What follows from the list itself need not be compared.
+        "layout": {key: how[key] for key in how.keys() - {"names", "width"}},
         "side": settings.side,
         "shard_rows": settings.shard_rows,
     }
@@ -238,7 +241,7 @@ def _write_links(path: Path, rows: Iterator[Link], limit: int) -> int:
 
 
 def _run(full: list[str], out: Path, log, rows: int) -> None:
-    """Runs img2dataset to its end, with a bar of the rows of finished shards."""
+    """Runs img2dataset to its end, and counts the rows of finished shards."""
     print(f"{' '.join(full)}", file=log, flush=True)
     environment = os.environ | {"NO_ALBUMENTATIONS_UPDATE": "1", "PYTHONWARNINGS": "ignore"}
     group = out / FOLDER / _GROUP
@@ -252,7 +255,7 @@ def _run(full: list[str], out: Path, log, rows: int) -> None:
             env=environment,
             start_new_session=True,  # a group of its own, which can be ended as a whole
         ) as process,
-        tqdm(total=rows, unit="link", smoothing=0.1) as bar,
+        counted(rows, "link") as bar,
     ):
         try:
             write_text(group, str(process.pid))

@@ -5,18 +5,13 @@ list with a header, and the table of YFCC100M (23 or 25 columns, titles and desc
 encoding; no header).
 """
 
-import bz2
 import collections
-import csv
 import dataclasses
-import gzip
 import html
-import io
 import itertools
 import re
 import urllib.parse
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -24,15 +19,25 @@ from jaxtyping import Int
 
 from protoclip_jax.data.captions import is_caption
 from protoclip_jax.data.decoding import NO_CAPTION
+from protoclip_jax.data.list_lines import FIELD_LINES, record, runs_on
+from protoclip_jax.data.pair_list import (
+    BROKEN_QUOTES,
+    CONTINUED,
+    EMPTY_LINE,
+    NOT_UTF8,
+    OLD_LINE_ENDS,
+    TOO_MANY_COLUMNS,
+)
+from protoclip_jax.prepare.packed_list import lines_of
 
 NO_URL = "no URL"
-NOT_UTF8 = "not UTF-8"
-EMPTY_LINE = "empty line"
 COLUMNS = "too few columns"
 VIDEO = "a video"
 NOT_CHOSEN = "not among the photo ids"
 
 _SAMPLE = 200  # lines looked at
+_BOM = b"\xef\xbb\xbf"
+_ID = re.compile(r"[0-9]{1,18}")
 _URL = re.compile(r"https?://\S+$", re.IGNORECASE)
 _TAG = re.compile(r"<[^<>]*>")
 _URL_NAMES = ("url", "image_url", "img_url", "imageurl", "downloadurl", "download_url", "photo_url")
@@ -60,6 +65,8 @@ class Layout:
       photo: column of the photo's id, where there is one.
       marker: column that is 1 for a video, where there is one.
       form: what the list seems to be, for people.
+      names: of the columns, where line 1 tells.
+      width: columns of a row; None = any number.
     """
 
     separator: str
@@ -70,11 +77,13 @@ class Layout:
     photo: int | None = None
     marker: int | None = None
     form: str = "a list"
+    names: tuple[str, ...] = ()
+    width: int | None = None
 
     def __str__(self) -> str:
         captions = " and ".join(map(str, self.captions))
         separator = {"\t": "tabs", ",": "commas"}.get(self.separator, repr(self.separator))
-        header = "a header" if self.header else "no header"
+        header = f"a header ({', '.join(self.names)})"[:200] if self.header else "no header"
         return (
             f"{self.form}: {header}, columns separated by {separator}, "
             f"URL in column {self.url}, caption in {captions} (counted from 0)"
@@ -93,15 +102,17 @@ def find_layout(
     Raises:
       ValueError: no URLs, or no way to tell which column is the caption; says what to give.
     """
-    with _open(path) as file:
-        first = itertools.islice(file, _SAMPLE)
-        lines = [line.decode(errors="replace").rstrip("\r\n") for line in first]
-    lines = [line.removeprefix("\ufeff") for line in lines if line.strip()]
+    lines = [line.decode(errors="replace").rstrip("\r\n") for line in _sample(path)]
     if not lines:
         raise ValueError(f"{path} is empty")
+    if "\r" in lines[0]:
+        raise ValueError(
+            f"{path} ends its lines with carriage returns alone, as on old Macs: convert it, for "
+            f"example with `tr '\\r' '\\n' < {path} > {path}.new`"
+        )
     separator = separator or _separator(lines)
     rows = [cells for line in lines if (cells := _cells(line, separator))] or [[""]]
-    header = not any(_is_url(cell) for cell in rows[0])
+    header = _is_header(rows[0], (url_column, caption_column))
     body = rows[1:] if header else rows
     urls = _url_columns(body)
     if not urls and url_column is None:
@@ -115,12 +126,42 @@ def find_layout(
     url = _column(path, "--url-column", url_column, names, _URL_NAMES, urls)
     others = [i for i in range(len(body[0])) if i != url] if body and len(body[0]) == 2 else []
     caption = _column(path, "--caption-column", caption_column, names, _CAPTION_NAMES, others)
-    return Layout(separator, header, url, (caption,))
+    width = len(names) if names else _width(body)
+    return Layout(separator, header, url, (caption,), names=tuple(names or ()), width=width)
+
+
+def _sample(path: str) -> list[bytes]:
+    """The first lines with something on them, without a byte-order mark."""
+    lines = (line.removeprefix(_BOM) for line in lines_of(path))
+    return list(itertools.islice((line for line in lines if line.strip()), _SAMPLE))
 
 
 def _separator(lines: list[str]) -> str:
-    tabs = sum("\t" in line for line in lines)
-    return "\t" if tabs * 2 > len(lines) else ","
+    """The separator that most lines have, and that makes a column of links."""
+    common = [s for s in "\t,;|" if 2 * sum(s in line for line in lines) > len(lines)]
+    for separator in common:
+        rows = [cells for line in lines if (cells := _cells(line, separator))]
+        if _url_columns(rows[1:] or rows):
+            return separator
+    return common[0] if common else ","
+
+
+def _is_header(cells: list[str], given: tuple[str | None, ...]) -> bool:
+    """Whether a first row names columns: by names that are usual or given, or else by its look.
+
+    A row whose link is broken is none: it would be in no count.
+    """
+    names = [cell.strip().lower() for cell in cells]
+    if any("://" in name for name in names):
+        return False
+    wanted = {name.lower() for name in given if name is not None}
+    if wanted.union(_URL_NAMES, _CAPTION_NAMES).intersection(names):
+        return True
+    return all(0 < len(name.split()) <= 2 for name in names)
+
+
+def _width(rows: list[list[str]]) -> int:
+    return collections.Counter(map(len, rows)).most_common(1)[0][0]
 
 
 def _is_url(cell: str) -> bool:
@@ -134,7 +175,7 @@ def _url_columns(rows: list[list[str]]) -> list[int]:
 
 
 def _without_header(path: str, separator: str, rows: list[list[str]], urls: list[int]) -> Layout:
-    width = collections.Counter(map(len, rows)).most_common(1)[0][0]
+    width = _width(rows)
     if width in (23, 25):
         # Photo id and user, or line, photo id and hash, come first; the rest is the same.
         shift = width - 23
@@ -147,13 +188,14 @@ def _without_header(path: str, separator: str, rows: list[list[str]], urls: list
             photo=shift // 2,
             marker=22 + shift,
             form="the table of YFCC100M",
+            width=width,
         )
     if width == 2:
         form = "CC12M's order" if urls[0] == 0 else "Conceptual Captions' order"
-        return Layout(separator, False, urls[0], (1 - urls[0],), form=form)
+        return Layout(separator, False, urls[0], (1 - urls[0],), form=form, width=2)
     if width == 4 and urls == [1]:
         form = "Conceptual Captions with labels"
-        return Layout(separator, False, 1, (0,), form=form)
+        return Layout(separator, False, 1, (0,), form=form, width=4)
     raise ValueError(
         f"{path} has no header and {width} columns, links in {urls}: give --url-column and "
         "--caption-column as numbers from 0"
@@ -186,11 +228,13 @@ def _column(
 def photo_ids(path: str) -> Int[np.ndarray, " n"]:
     """Sorted photo ids of a list "line, photo id, hash" such as OpenAI's, or of one id a line."""
     ids = []
-    with _open(path) as file:
-        for line in file:
-            cells = line.split()
-            if cells and cells[len(cells) > 1].isdigit():
-                ids.append(int(cells[len(cells) > 1]))
+    for number, line in enumerate(lines_of(path), start=1):
+        cells = line.split()
+        cell = cells[len(cells) > 1] if cells else b""
+        if _ID.fullmatch(cell.decode(errors="replace")):
+            ids.append(int(cell))
+        elif cells and number > 1:  # line 1 may be a header
+            raise ValueError(f"{path}: line {number} holds no photo id: {line[:100]!r}")
     if not ids:
         raise ValueError(f"{path} holds no photo ids")
     return np.unique(np.array(ids, np.int64))
@@ -202,16 +246,62 @@ def links(
     dropped: collections.Counter[str],
     chosen: Int[np.ndarray, " n"] | None = None,
 ) -> Iterator[Link]:
-    """Yields the rows of a list, and counts in `dropped` those that are none, by reason."""
-    with _open(path) as file:
-        for number, line in enumerate(file, start=1):
-            if number == 1 and layout.header:
-                continue
+    """Yields the rows of a list, and counts in `dropped` those that are none, by reason.
+
+    A quoted field that goes on over further lines is none, with all of them.
+
+    Raises:
+      ValueError: the list's compression is damaged.
+    """
+    lines, header, continued = _Ahead(lines_of(path)), layout.header, 0
+    for number, line in enumerate(lines, start=1):
+        if number == 1:
+            line = line.removeprefix(_BOM)
+        if header and line.strip():
+            header = False
+            continue
+        if continued:
+            continued -= 1
+            found: Link | str = CONTINUED
+        elif b'"' in line and (continued := _runs_on(line, lines, layout)):
+            found = BROKEN_QUOTES
+        else:
             found = _link(line, number, layout, chosen)
-            if isinstance(found, str):
-                dropped[found] += 1
-            else:
-                yield found
+        if isinstance(found, str):
+            dropped[found] += 1
+        else:
+            yield found
+
+
+class _Ahead(Iterator[bytes]):
+    """Lines of which the next few can be looked at before they come."""
+
+    def __init__(self, lines: Iterator[bytes]):
+        self._lines = lines
+        self._waiting: collections.deque[bytes] = collections.deque()
+
+    def __next__(self) -> bytes:
+        return self._waiting.popleft() if self._waiting else next(self._lines)
+
+    def next_few(self) -> list[bytes]:
+        wanted = FIELD_LINES - len(self._waiting)
+        self._waiting.extend(itertools.islice(self._lines, wanted))
+        return list(self._waiting)
+
+
+def _runs_on(line: bytes, lines: _Ahead, layout: Layout) -> int:
+    """Over how many of the lines to come a quoted field of a line goes on."""
+    if layout.width is None:
+        return 0
+    first = _plain(line)
+    if record([first, ""], layout.separator)[1] == 1:
+        return 0
+    rest = list(map(_plain, lines.next_few()))
+    return runs_on(first, rest, layout.separator, layout.width)
+
+
+def _plain(line: bytes) -> str:
+    return line.decode(errors="replace").rstrip("\r\n")
 
 
 def _link(
@@ -221,11 +311,16 @@ def _link(
         text = line.decode().rstrip("\r\n")
     except UnicodeDecodeError:
         return NOT_UTF8
-    if number == 1:
-        text = text.removeprefix("\ufeff")
     if not text.strip():
         return EMPTY_LINE
-    cells = _cells(text, layout.separator) or []
+    if "\r" in text:
+        return OLD_LINE_ENDS
+    cells = _cells(text, layout.separator)
+    if cells is None:
+        return BROKEN_QUOTES
+    cells = _fitted(cells, layout)
+    if cells is None:
+        return TOO_MANY_COLUMNS
     if len(cells) <= max(layout.url, *layout.captions):
         return COLUMNS
     if layout.marker is not None and cells[layout.marker : layout.marker + 1] == ["1"]:
@@ -239,8 +334,22 @@ def _link(
     return Link(number, url, caption) if is_caption(caption) else NO_CAPTION
 
 
+def _fitted(cells: list[str], layout: Layout) -> list[str] | None:
+    """The cells of a row, with a caption that holds separators made whole; None if none fits."""
+    extra = len(cells) - layout.width if layout.width else 0
+    if extra <= 0:
+        return cells
+    glue = " " if layout.separator == "\t" else layout.separator
+    if layout.captions == (layout.width - 1,):
+        head = cells[: layout.width - 1]
+        return [*head, glue.join(cells[layout.width - 1 :])]
+    if layout.captions == (0,) and layout.width == 2:
+        return [glue.join(cells[:-1]), cells[-1]]
+    return None
+
+
 def _among(photo: str, chosen: Int[np.ndarray, " n"]) -> bool:
-    if not photo.isdigit():
+    if not _ID.fullmatch(photo):
         return False
     at = np.searchsorted(chosen, int(photo))
     return bool(at < len(chosen) and chosen[at] == int(photo))
@@ -257,19 +366,5 @@ def _cells(text: str, separator: str) -> list[str] | None:
     """The fields of a line; None where CSV's quotes leave it unfinished."""
     if separator == "\t" or '"' not in text:
         return text.split(separator)
-    reader = csv.reader([text, ""], delimiter=separator)
-    try:
-        cells = next(reader)
-    except csv.Error:
-        return None
-    return cells if reader.line_num == 1 else None
-
-
-def _open(path: str) -> io.BufferedIOBase:
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: there is no such list")
-    if path.endswith(".gz"):
-        return gzip.open(path, "rb")
-    if path.endswith(".bz2"):
-        return bz2.open(path, "rb")
-    return io.BufferedReader(io.FileIO(path), 2**20)
+    cells, lines = record([text, ""], separator)
+    return cells if lines == 1 else None

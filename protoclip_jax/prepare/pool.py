@@ -10,8 +10,6 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
 from typing import Any
 
-from tqdm import tqdm
-
 _TICK = 0.2  # seconds between two looks at the counter
 
 Job = Callable[[Any, Callable[[], None]], Any]  # (block, tick): tick is called once a row
@@ -20,14 +18,14 @@ _job: Job | None = None  # a worker's own
 _counter: Any = None
 
 
-def run(job: Job, blocks: Sequence, workers: int, bar: tqdm) -> Iterator[Any]:
+def run(job: Job, blocks: Sequence, workers: int, bar) -> Iterator[Any]:
     """Yields the result of each block as it becomes ready.
 
     Args:
       job: picklable; gets a block and a function to call after every row.
       blocks: what to do.
       workers: processes; with 1, all happens in this one.
-      bar: moves on by rows.
+      bar: of `data.bar.counted`; moves on by rows.
 
     Raises:
       OSError: a worker was killed.

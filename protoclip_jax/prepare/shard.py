@@ -14,6 +14,7 @@ from protoclip_jax.data.array_records import (
     shard_name,
 )
 from protoclip_jax.data.decoding import UnreadableImage
+from protoclip_jax.data.image_warnings import caught
 from protoclip_jax.data.sources import PairSource, origin, read_pair, where
 from protoclip_jax.prepare.picture import stored
 from protoclip_jax.storage.atomic import part_of, settle, write_json
@@ -77,7 +78,7 @@ class ShardWriter:
         path = self.out / shard_name(number, self.count)
         part = part_of(path)
         try:
-            written, digest, unreadable = self._write(part, rows, tick)
+            written, digest, unreadable, odd = self._write(part, rows, tick)
         except RuntimeError as error:  # the writer's, for a full disk among others
             raise OSError(f"{path} cannot be written: {error}") from error
         _check(part, written)
@@ -89,23 +90,29 @@ class ShardWriter:
             "bytes": path.stat().st_size,
             "digest": digest,
             "unreadable": unreadable,
+            "odd": odd,
         }
         write_json(outcome_path(self.out, number), outcome)
         return outcome
 
     def _write(
         self, part: Path, rows: range, tick: Callable[[], None]
-    ) -> tuple[int, str, list[list]]:
-        """Number and digest of the records, and [row, reason, picture] of what is unreadable."""
+    ) -> tuple[int, str, list[list], dict[str, list]]:
+        """Number and digest of the records, and what is wrong.
+
+        That is [row, reason, picture] of what is unreadable; and of what is odd and used all the
+        same, by kind, how many there are and the first picture.
+        """
         settings, source = self.settings, self.source
-        written, unreadable = 0, []
+        written, unreadable, odd = 0, [], {}
         digest = shard_digest()
         writer = array_record_module.ArrayRecordWriter(str(part), WRITER_OPTIONS)
         try:
             for row in rows:
                 try:
                     data, caption = read_pair(source, row)
-                    picture = stored(data, settings.side, settings.encoding, settings.quality)
+                    with caught() as kinds:
+                        picture = stored(data, settings.side, settings.encoding, settings.quality)
                 except UnreadableImage as error:
                     unreadable.append([origin(source, row), error.reason, where(source, row)])
                 else:
@@ -113,10 +120,12 @@ class ShardWriter:
                     add_to_digest(digest, record)
                     writer.write(record)
                     written += 1
+                    for kind in kinds:
+                        odd.setdefault(kind, [0, where(source, row)])[0] += 1
                 tick()
         finally:
             writer.close()
-        return written, digest.hexdigest(), unreadable
+        return written, digest.hexdigest(), unreadable, odd
 
 
 def _check(part: Path, written: int) -> None:

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 from jaxtyping import Shaped, UInt64
-from tqdm import tqdm
 
+from protoclip_jax.data.bar import counted
 from protoclip_jax.data.decoding import UnreadableImage, load
+from protoclip_jax.data.image_warnings import caught
 from protoclip_jax.data.sources import PairSource, read_pair
 from protoclip_jax.data.tokenizer import Tokenizer
 from protoclip_jax.prepare import pool
@@ -32,6 +33,7 @@ class Part:
 
     Attributes:
       unreadable: rows by reason.
+      odd: pictures that Pillow warns of and that are used all the same, by kind.
       formats: pictures by file format.
       scripts: captions by script; a caption with two counts in both.
       counted: how often each value of a quantity occurs, by quantity.
@@ -40,6 +42,7 @@ class Part:
     """
 
     unreadable: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    odd: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     formats: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     scripts: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     counted: dict[str, collections.Counter] = dataclasses.field(
@@ -64,10 +67,12 @@ class _Reader:
         for row in rows:
             try:
                 data, caption = read_pair(self.source, row)
-                image = load(data)
+                with caught() as odd:
+                    image = load(data)
             except UnreadableImage as error:
                 part.unreadable[error.reason] += 1
             else:
+                part.odd.update(odd)
                 part.formats[_format(data)] += 1
                 part.counted["shorter_side"][min(image.size)] += 1
                 part.counted["longer_side"][max(image.size)] += 1
@@ -115,9 +120,9 @@ def measure(source: PairSource, *, workers: int = 1, progress: bool = True) -> d
         range(first, min(first + _BLOCK, len(source))) for first in range(0, len(source), _BLOCK)
     ]
     parts, total = [], Part()
-    with tqdm(total=len(source), unit="pair", smoothing=0.1, disable=not progress) as bar:
+    with counted(len(source), "pair", shown=progress) as bar:
         for part in pool.run(_Reader(source), blocks, workers, bar):
-            for name in ("unreadable", "formats", "scripts"):
+            for name in ("unreadable", "odd", "formats", "scripts"):
                 getattr(total, name).update(getattr(part, name))
             for name in _COUNTED:
                 total.counted[name].update(part.counted[name])
@@ -143,6 +148,7 @@ def _numbers(
         "left_out": {reason: left.count for reason, left in left_out.items()},
         "readable": len(pictures),
         "unreadable": dict(total.unreadable.most_common()),
+        "odd": dict(total.odd.most_common()),
         "repeated": {
             "pictures": _repeated(pictures),
             "captions": _repeated(captions),
@@ -188,6 +194,7 @@ def describe(numbers: dict) -> str:
     lines += _counts("left out by the source", numbers["left_out"], None)
     lines.append(f"readable                {readable:,} ({readable / rows:.2%})")
     lines += _counts("unreadable", numbers["unreadable"], rows)
+    lines += _counts("odd, and used all the same", numbers["odd"], readable)
     lines.append("repeated earlier ones")
     lines += _counts("", numbers["repeated"], readable)
     lines.append(f"captions                {'  '.join(f'{name:>7}' for name in (*_SHOWN, 'mean'))}")

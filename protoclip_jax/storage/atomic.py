@@ -39,7 +39,12 @@ def write_text(path: AnyPath, text: str) -> None:
 
 def write_json(path: AnyPath, content) -> None:
     """Writes JSON at once, to a local or remote file."""
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    text = json.dumps(content, indent=1, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a name that is no UTF-8: JSON's escapes keep it
+        text = json.dumps(content, indent=1)
+    write_text(path, text + "\n")
 
 
 def clear_parts(folder: Path) -> int:

@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import logging
 import os
+import re
 from pathlib import Path
 
 import fsspec
@@ -23,13 +24,16 @@ _CLIENTS = {
     "az": ("adlfs", "adlfs"),
     "hf": ("huggingface_hub", "huggingface_hub"),
 }
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _SILENCE = 60.0  # seconds after which a connection on which nothing comes is given up
 
 
 def scheme(path: str | os.PathLike) -> str:
     """What stands before ://, or nothing for a local path."""
-    head, found, _ = os.fspath(path).partition("://")
-    return head if found else ""
+    text = os.fspath(path)
+    # Most paths have none, and a folder may be called as an address is: only the begin counts.
+    found = _SCHEME.match(text) if "://" in text else None
+    return found[1] if found else ""
 
 
 def is_remote(path: str | os.PathLike) -> bool:
@@ -62,6 +66,7 @@ def workdir_at(path: str | os.PathLike) -> AnyPath:
             f"{os.fspath(path)}: checkpoints are written to gs:// or a local folder, which may be "
             "a mounted bucket"
         )
+    _refuse_undecodable(path)
     return as_path(path)
 
 
@@ -80,6 +85,12 @@ def check_scheme(path: str | os.PathLike) -> None:
     if importlib.util.find_spec(module) is None:
         raise ValueError(f"{text} needs a package: pip install {package}")
     _prepare_clients()
+
+
+@functools.cache
+def readable_schemes() -> tuple[str, ...]:
+    """The schemes whose client is installed."""
+    return tuple(name for name, (module, _) in _CLIENTS.items() if importlib.util.find_spec(module))
 
 
 @functools.cache
@@ -118,10 +129,21 @@ def local_only(path: str | os.PathLike, what: str) -> Path:
       what: is written, for the message, such as "--out: shards are".
 
     Raises:
-      ValueError: it is remote.
+      ValueError: it is remote, or no UTF-8.
     """
+    _refuse_undecodable(path)
     if is_remote(path):
         raise ValueError(
             f"{os.fspath(path)}: {what} written to a local folder, copy them afterwards"
         )
     return Path(path)
+
+
+def _refuse_undecodable(path: str | os.PathLike) -> None:
+    """Refuses a folder to write to whose name is no UTF-8, which the writing libraries cannot."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{os.fspath(path)}: its name is not UTF-8, choose another folder"
+        ) from None

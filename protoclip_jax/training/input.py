@@ -52,7 +52,9 @@ class Input:
         self.teacher = _open_teacher(config, self.source)
         # Each process has its own share of the pairs, and a file of its own.
         suffix = f".{jax.process_index()}" if jax.process_index() else ""
-        self.unreadable = UnreadableLog(self.source, workdir / f"unreadable{suffix}.tsv")
+        self.unreadable = UnreadableLog(
+            self.source, workdir / f"unreadable{suffix}.tsv", _of_processes_gone(workdir)
+        )
         episode = config.episode
         if episode.size > len(self.source) and not episode.replacement:
             raise ConfigError(
@@ -90,6 +92,22 @@ class Input:
         return {
             "source": self.source.fingerprint,
             "teacher": self.teacher.fingerprint if self.teacher else None,
+        }
+
+    def losses(self) -> dict[str, float]:
+        """Counts what cannot be read, over all processes; every one calls it at the same places.
+
+        Returns:
+          What there is to log: pairs that the source left out, pairs that could not be read so far,
+          and pictures that are odd and used all the same.
+        """
+        for taken in distributed.exchange(self.unreadable.take_new()):
+            self.unreadable.include(taken)
+        left_out = getattr(self.source, "report", {}).values()
+        return {
+            "data/left_out": float(sum(left.count for left in left_out)),
+            "data/unreadable": float(len(self.unreadable)),
+            "data/odd": float(sum(map(len, self.unreadable.odd.values()))),
         }
 
     def batches(self, first_episode: int = 0, first_step: int = 0) -> pipeline.Batches:
@@ -152,6 +170,16 @@ class Input:
         if jax.process_count() == 1:  # several processes would have to agree on the length
             batch = batch | {"tokens": without_padding(batch["tokens"])}
         return jax.tree.map(self._rows.on_devices, batch)
+
+
+def _of_processes_gone(workdir: Path) -> list[Path]:
+    """Files of processes that an earlier run had more, dealt out to those of today."""
+    count, index, found = jax.process_count(), jax.process_index(), []
+    for path in workdir.glob("unreadable.*.tsv"):
+        number = path.name.split(".")[1]
+        if number.isdecimal() and int(number) >= count and int(number) % count == index:
+            found.append(path)
+    return found
 
 
 def sections(config: Config, first_episode: int = 0, first_step: int = 0) -> list[Section]:

@@ -171,11 +171,12 @@ class Trainer:
         first, steps = divmod(self.done, config.steps_per_episode)
         if self.done == config.total_steps:
             self.progress.say(f"{self.workdir} is finished: {self.done} steps.")
-        elif self.done:
-            self.progress.say(f"Going on after step {self.done} of {config.total_steps}.")
         else:
+            if self.done:
+                self.progress.say(f"Going on after step {self.done} of {config.total_steps}.")
             self.reporter.source(self.input.source, self.input.teacher)
-            self.evaluate("untrained", 0)
+            if not self.done:
+                self.evaluate("untrained", 0)
         with self.requests, self.input.batches(first, steps) as self.batches:
             for episode in range(first, config.episode.count):
                 self.run_episode(episode)
@@ -197,9 +198,11 @@ class Trainer:
         if (last or due) and not leave:
             with self.part(clock, "evaluate"):
                 found = self.evaluate(phase.name, episode)
+        numbers |= self.input.losses()
         # Before the save, so that a run that goes on from there finds this line. The seconds of the
         # save are told with the next episode.
         self.reporter.episode(self.done, episode, phase, numbers, clock)
+        self.reporter.losses(self.input.unreadable)
         self.clock = Stopwatch()
         if last or leave or (episode + 1) % config.checkpoint.every == 0:
             with self.part(self.clock, "save"):

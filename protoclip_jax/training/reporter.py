@@ -10,8 +10,10 @@ import jax
 import numpy as np
 
 from protoclip_jax.config import Config
+from protoclip_jax.data.list_lines import Repeats
 from protoclip_jax.data.sources import PairSource, needless_limit
 from protoclip_jax.data.teacher import Teacher
+from protoclip_jax.data.unreadable import UnreadableLog
 from protoclip_jax.episodes.kmeans import Clusters
 from protoclip_jax.storage.paths import AnyPath
 from protoclip_jax.training.compiled import peak_flops
@@ -46,6 +48,7 @@ class Reporter:
         """
         self._config, self._width, self._progress, self._log = config, width, progress, log
         self._told: set[str] = set()
+        self._unreadable = 0  # pairs that were told
         self._skipped = self._skipped_ever = 0  # the first counts steps in a row
         self._stuck = dict.fromkeys(STUCK, 0)  # steps in a row
         self._since = time.perf_counter()
@@ -198,6 +201,26 @@ class Reporter:
                 f"raise {how}, or keep pictures (data.keep, data.keep_gigabytes)"
             )
 
+    def losses(self, log: UnreadableLog) -> None:
+        """Tells of pairs that could not be read, when there are more, and of each kind of odd ones.
+
+        Args:
+          log: of all processes.
+        """
+        if len(log) > self._unreadable:
+            self._unreadable = len(log)
+            reasons = ", ".join(f"{what}: {n:,}" for what, n in log.counts.most_common())
+            self._progress.say(
+                f"  {len(log):,} pairs could not be read so far, over all processes, and others "
+                f"took their place ({reasons}): unreadable*.tsv lists them"
+            )
+        for kind, rows in log.odd.items():
+            self._once(
+                f"odd {kind}",
+                f"{len(rows):,} pictures so far have {kind}, and are used all the same; the first "
+                f"is {log.first_odd(kind)}",
+            )
+
     def result(self, workdir: AnyPath, table: str | None) -> None:
         """Prints the table of the evaluation and what to do next."""
         if table:
@@ -215,6 +238,8 @@ def source_lines(config: Config, source: PairSource, teacher: Teacher | None) ->
     lines += [
         f"left out, {why}: {dropped}" for why, dropped in getattr(source, "report", {}).items()
     ]
+    if hasattr(source, "repeats") and not jax.process_index():  # one process tells the story
+        lines += repeat_lines(source.repeats(), len(source))
     if line := needless_limit(len(source), config.data.limit):
         lines.append(f"data.limit={config.data.limit:,}: {line}")
     if teacher is not None and teacher.note is None:
@@ -230,6 +255,18 @@ def source_lines(config: Config, source: PairSource, teacher: Teacher | None) ->
             "or episode.online"
         )
     return lines
+
+
+def repeat_lines(repeats: Repeats, pairs: int) -> list[str]:
+    """Warns of pairs that repeat earlier ones."""
+    if not repeats.count:
+        return []
+    about = "" if repeats.one_in == 1 else "about "
+    return [
+        f"warning: {about}{repeats.count:,} of {pairs:,} pairs repeat an earlier one's picture and "
+        "caption: in a batch together they are each other's negatives, and clusters count them "
+        "twice"
+    ]
 
 
 def cluster_numbers(clusters: dict[str, Clusters]) -> dict[str, float]:

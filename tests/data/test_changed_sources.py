@@ -300,8 +300,8 @@ def test_a_list_that_is_written_while_it_is_opened(tmp_path, monkeypatch):
             file.write("9.jpg\tmore\n")
         return found(chunk)
 
-    found = pair_list._lines
-    monkeypatch.setattr(pair_list, "_lines", slow)
+    found = pair_list.lines
+    monkeypatch.setattr(pair_list, "lines", slow)
     with pytest.raises(SourceChanged, match="has changed"):
         open_source(str(path))
 

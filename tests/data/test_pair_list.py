@@ -1,5 +1,6 @@
 """Pair lists: every broken row named, every good one read, at any length."""
 
+import importlib.util
 import json
 import os
 import pickle
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from protoclip_jax.data import pair_list
+from protoclip_jax.data import list_lines, pair_list
 from protoclip_jax.data.pair_list import PairList
 
 CASES = Path(__file__).parents[1] / "cases"
@@ -181,7 +182,7 @@ def test_commas_follow_csv_within_a_line(tmp_path):
     assert captions(pairs) == ["a cat, asleep", 'a "big" dog', 'a 12" record', "plain", "one two"]
     assert {reason: dropped.lines for reason, dropped in pairs.report.items()} == {
         pair_list.BROKEN_QUOTES: [5],
-        pair_list.NO_CAPTION: [6],
+        pair_list.CONTINUED: [6],
     }
 
 
@@ -201,9 +202,18 @@ def plain_reading(content: bytes) -> list[tuple[str, str]]:
 def test_scan_equals_a_plain_reading(tmp_path, monkeypatch, seed):
     """Random lists, in chunks of a few lines and with few line starts kept."""
     rng = np.random.default_rng(seed)
-    monkeypatch.setattr(pair_list, "_CHUNK", int(rng.integers(1, 200)))
+    monkeypatch.setattr(list_lines, "_CHUNK", int(rng.integers(1, 200)))
     monkeypatch.setattr(pair_list, "_STRIDE", int(rng.integers(1, 9)))
-    cells = [b"x", b"", b" ", "\u732b".encode(), b"\xff", b'"', b"a longer cell", "\u3000".encode()]
+    cells = [
+        b"x",
+        b"",
+        b" ",
+        "\u732b".encode(),
+        b"\xff",
+        b'5"',
+        b"a longer cell",
+        "\u3000".encode(),
+    ]
     lines = [
         b"\t".join(cells[i] for i in rng.integers(0, len(cells), rng.integers(0, 5)))
         for _ in range(int(rng.integers(100, 300)))
@@ -274,3 +284,93 @@ def test_memory_does_not_grow_with_the_rows(tmp_path):
     assert len(opened) == rows
     assert kept < 0.5 * rows
     assert peak < 60e6  # blocks of 4 MB and what is found in them, whatever the length
+
+
+@pytest.fixture
+def readable(monkeypatch):
+    """Sets the schemes that can be read."""
+
+    def set_to(*schemes: str) -> None:
+        monkeypatch.setattr(pair_list, "readable_schemes", lambda: schemes)
+        pair_list._foreign.cache_clear()
+
+    yield set_to
+    pair_list._foreign.cache_clear()
+
+
+def test_foreign_addresses_are_faults_of_their_rows(tmp_path, readable):
+    readable("gs")
+    rows = {
+        "a.jpg\tsee https://example.org for more": None,
+        "https://example.org/b.jpg\ta link": pair_list.WEB % "https",
+        " HTTP://example.org/c.jpg\ta link": pair_list.WEB % "HTTP",
+        "gs://bucket/d.jpg\ta bucket": None,
+        "s3a://bucket/e.jpg\tanother": "s3a://: no way to read s3a://, use gs:// or a local path",
+        "file:///f.jpg\ta file": "file://: give a local path as it is, without file://",
+        "pages/http://g.jpg\ta folder called so": None,
+        "xgs://h.jpg\talike": "xgs://: no way to read xgs://, use gs:// or a local path",
+        "https.jpg\tplain": None,
+    }
+    pairs = PairList(write(tmp_path, "\n".join(["filepath\ttitle", *rows])))
+    assert {reason: dropped.lines for reason, dropped in pairs.report.items()} == {
+        reason: [line] for line, reason in enumerate(rows.values(), 2) if reason
+    }
+    assert len(pairs) == 4
+    assert pairs.where(1) == "gs://bucket/d.jpg"
+    assert pairs.where(2).startswith(str(tmp_path))
+    only = "filepath\ttitle\nhttps://h.example/a.jpg\ta\nhttps://h.example/b.jpg\tb\n"
+    with pytest.raises(ValueError, match=r"0 pairs .*\(https://\): get .*download`: 2 \(line 2, 3"):
+        PairList(write(tmp_path, only))
+    with pytest.raises(ValueError, match="no way to read https://"):
+        PairList(write(tmp_path, "filepath\ttitle\na.jpg\ta\n"), image_root="https://h.example")
+
+
+def test_a_scheme_without_its_package_says_so(monkeypatch, readable):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    readable()
+    assert pair_list._foreign("s3") == "s3:// needs a package: pip install s3fs"
+
+
+def dropped_lines(pairs: PairList) -> dict[str, list[int]]:
+    return {reason: dropped.lines for reason, dropped in pairs.report.items()}
+
+
+@pytest.mark.parametrize("chunk", [1, 40, 2**22])
+def test_a_quoted_caption_over_lines_is_never_cut(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(list_lines, "_CHUNK", chunk)
+    rows = ['a.jpg,"one', "evil.jpg,looks like a row", "", 'end"', "b.jpg,two", 'c.jpg,"open']
+    pairs = PairList(
+        write(tmp_path, "\n".join(["filepath,title", *rows, "d.jpg,three"])), separator=","
+    )
+    assert captions(pairs) == ["two", "three"]
+    assert dropped_lines(pairs) == {pair_list.BROKEN_QUOTES: [2, 7], pair_list.CONTINUED: [3, 4, 5]}
+    # With tabs, where the lines are a row together only.
+    rows = ['a.jpg\t"one', "", 'end"\tx', "b.jpg\ttwo\tx", 'c.jpg\t"so\tx', 'd.jpg\the" said\tx']
+    pairs = PairList(write(tmp_path, "\n".join(["filepath\ttitle\tother", *rows])))
+    assert captions(pairs) == ["two", '"so', 'he" said']
+    assert dropped_lines(pairs) == {pair_list.BROKEN_QUOTES: [2], pair_list.CONTINUED: [3, 4]}
+
+
+@pytest.mark.parametrize("separator", ["\t", ","])
+@pytest.mark.parametrize("columns", [2, 3])
+def test_repeated_pairs_are_counted(tmp_path, monkeypatch, separator, columns):
+    monkeypatch.setattr(list_lines, "_CHUNK", 100)
+    rows = [(f"{i % 30}.jpg", f"caption {i % 20}", str(i)) for i in range(100)]
+    lines = [separator.join(row[:columns]) for row in rows] + ["", f"x{separator}"]
+    head = separator.join(["filepath", "title", "other"][:columns])
+    pairs = PairList(write(tmp_path, "\r\n".join([head, *lines])), separator=separator)
+    repeats = pairs.repeats()
+    assert (repeats.count, repeats.one_in) == (100 - len({row[:2] for row in rows}), 1)
+
+
+def test_repeats_of_many_rows_are_estimated(monkeypatch):
+    monkeypatch.setattr(list_lines, "_HASHES", 500)
+    repeats = list_lines.Repeats()
+    for start in range(0, 20_000, 1000):
+        repeats.add([b"%d" % (i % 15_000) for i in range(start, start + 1000)])
+    assert repeats.one_in > 1
+    assert 3000 < repeats.count < 8000  # 5000
+    repeats = list_lines.Repeats()
+    for _ in range(5):
+        repeats.add([b"same"] * 400)
+    assert (repeats.count, repeats.one_in) == (1999, 1)

@@ -3,6 +3,7 @@
 import bz2
 import collections
 import gzip
+import lzma
 
 import numpy as np
 import pytest
@@ -74,7 +75,7 @@ def test_a_comma_separated_list_with_quotes(tmp_path):
     layout, rows, dropped = read(written(tmp_path, lines, "list.csv", end="\r\n"))
     assert layout.separator == ","
     assert rows == [(2, URL.format(1), "a, b")]
-    assert dropped == {"too few columns": 1}
+    assert dropped == {"quotes that do not end on the line": 1}
 
 
 def test_given_columns_win(tmp_path):
@@ -132,15 +133,82 @@ def test_photo_ids(tmp_path):
     path = written(tmp_path, ["11\t3\tab", "12\t1\tcd"], "ids.tsv")
     assert photo_ids(path).tolist() == [1, 3]
     assert photo_ids(written(tmp_path, ["5", "4"], "plain.txt")).tolist() == [4, 5]
+    with pytest.raises(ValueError, match="line 2 holds no photo id"):
+        photo_ids(written(tmp_path, ["5", f"{'9' * 30}", "4"], "long.txt"))
     with pytest.raises(ValueError, match="--photo-ids"):
         find_layout(path)
 
 
-@pytest.mark.parametrize(("ending", "module"), [("gz", gzip), ("bz2", bz2)])
-def test_compressed_lists(tmp_path, ending, module):
-    path = tmp_path / f"list.tsv.{ending}"
-    path.write_bytes(module.compress(f"a\t{URL.format(1)}\n".encode()))
+@pytest.mark.parametrize("module", [gzip, bz2, lzma])
+def test_compressed_lists_whatever_their_name(tmp_path, module):
+    path = tmp_path / "list.tsv"
+    whole = module.compress(f"a\t{URL.format(1)}\n".encode())
+    path.write_bytes(whole)
     assert read(str(path))[1] == [(1, URL.format(1), "a")]
+    path.write_bytes(whole[:-6])
+    with pytest.raises(ValueError, match=r"its compression is damaged .*: fetch it anew"):
+        read(str(path))
+    path.write_bytes(module.compress(b"PK\3\4"))
+    with pytest.raises(ValueError, match=r"list\.tsv, unpacked, is a zip archive"):
+        read(str(path))
+
+
+def test_a_first_row_without_a_link_is_a_row(tmp_path):
+    good = [f"caption {i}\t{URL.format(i)}" for i in range(5)]
+    for first in ("a red bus\thttps://h.example/a b.jpg", "a red bus by the sea\t", "\tx y z"):
+        layout, rows, dropped = read(written(tmp_path, [first, *good]))
+        assert not layout.header
+        assert (len(rows), dropped) == (5, {"no URL": 1})
+    layout, rows, dropped = read(written(tmp_path, ["", "what\twhere", "", *good]))
+    assert "a header (what, where)" in str(layout)
+    assert (len(rows), dropped) == (5, {"empty line": 2})
+    assert rows[0].line == 4
+
+
+def test_separators_within_captions(tmp_path):
+    url = URL.format(1)
+    cc12m = [f"{url}\tfirst", f"{url}\ta dog\tin the park", f"{url}\tx\t\ty"]
+    assert [r.caption for r in read(written(tmp_path, cc12m))[1]] == [
+        "first", "a dog in the park", "x  y"
+    ]  # fmt: skip
+    cc3m = [f"first\t{url}", f"a dog\tin the park\t{url}", *[f"more\t{url}"] * 9]
+    assert [r.caption for r in read(written(tmp_path, cc3m))[1]][:3] == [
+        "first", "a dog in the park", "more"
+    ]  # fmt: skip
+    commas = ["url,caption", f"{url},a dog, in the park"]
+    assert read(written(tmp_path, commas))[1][0].caption == "a dog, in the park"
+    # Where the caption is not at an end, nobody knows what is its.
+    middle = ["url\tcaption\tscore", f"{url}\ta\t1", f"{url}\ta dog\tin the park\t1"]
+    _, rows, dropped = read(written(tmp_path, middle))
+    assert (len(rows), dropped) == (1, {"more columns than the header": 1})
+
+
+def test_quoted_captions_over_lines_are_never_cut(tmp_path):
+    url = URL.format(1)
+    for separator in "\t,":
+        caption_last = [f"url{separator}caption", f'{url}{separator}"two', 'lines"']
+        caption_first = [f"caption{separator}url", '"two', f'lines"{separator}{url}']
+        for lines in (caption_last, caption_first):
+            good = separator.join(["a", url] if lines is caption_first else [url, "a"])
+            _, rows, dropped = read(written(tmp_path, [*lines, *[good] * 9]))
+            assert [row.caption for row in rows] == ["a"] * 9
+            assert sum(dropped.values()) == 2
+            assert dropped["quotes that do not end on the line"] == 1
+    # Bare quotes of whole rows are characters.
+    _, rows, dropped = read(written(tmp_path, [f'"so\t{url}', f'he" said\t{url}']))
+    assert (len(rows), dropped) == (2, {})
+
+
+def test_other_separators_and_line_ends(tmp_path):
+    rows = [f"a dog, a cat;{URL.format(i)}" for i in range(3)]
+    layout, found, _ = read(written(tmp_path, rows))
+    assert layout.separator == ";"
+    assert found[0].caption == "a dog, a cat"
+    with pytest.raises(ValueError, match="carriage returns alone"):
+        read(written(tmp_path, [f"a\t{URL.format(1)}"] * 3, end="\r"))
+    glued = [f"{URL.format(1)}\ta", f"{URL.format(2)}\ta\r{URL.format(3)}\tb"]
+    _, found, dropped = read(written(tmp_path, glued))
+    assert (len(found), list(dropped.values())) == (1, [1])
 
 
 def test_missing_and_empty_lists(tmp_path):

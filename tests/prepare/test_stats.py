@@ -122,6 +122,15 @@ def test_a_missing_source_is_one_line(capsys):
         ("한국", {"Hangul"}),
         ("قطة", {"Arabic"}),
         ("🎈", set()),
+        ("1º piso, 2ª", {"Latin"}),  # letters whose names begin with MASCULINE and FEMININE
+        ("\uff21\uff22 ｶﾒﾗ", {"Latin", "Katakana"}),
+        ("コーヒー", {"Katakana"}),  # with a mark that is of both kana
+        ("\U0001d41b\U0001d428", {"Common"}),
+        ("ᓄᓇᕗᑦ", {"Canadian Aboriginal"}),
+        ("ߒߞߏ ᥖᥭᥰ", {"Nko", "Tai Le"}),
+        ("ɢʰ ℵ", {"Latin"}),
+        ("नमस्ते", {"Devanagari"}),
+        ("〆切 々", {"Han"}),
     ],
 )
 def test_scripts(text, scripts):

@@ -227,6 +227,9 @@ def test_two_processes_equal_one_with_batch_norm_uneven_data_and_broken_pictures
         for line in (workdir / name).read_text().splitlines()
     ]
     assert set(listed) == {"3", "4", "5", "6", "7"}
+    # One total over both, not that of the first.
+    episode = [line for line in metrics(workdir) if "data/unreadable" in line]
+    assert [(line["data/unreadable"], line["data/left_out"]) for line in episode] == [(5, 0)]
 
 
 @pytest.mark.slow

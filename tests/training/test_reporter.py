@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from tiny_run import small_config
 
+from protoclip_jax.data.image_warnings import NOTES
 from protoclip_jax.data.sources import open_source
+from protoclip_jax.data.unreadable import UnreadableLog, odd_code
 from protoclip_jax.episodes.kmeans import Clusters
 from protoclip_jax.training import reporter as module
 from protoclip_jax.training.logging import Meter, MetricLog
@@ -175,3 +177,33 @@ def test_a_limit_above_the_length_is_told(told):
         Reporter(config, 100, told, told).source(source, None)
         lines = [line for line in told.lines if "data.limit" in line]
         assert lines == ["  data.limit=14: there are only 13 pairs, and all are used"][:expected]
+
+
+def test_pairs_that_cannot_be_read_are_told_when_there_are_more(told):
+    source = open_source(str(CASES / "DIST-01" / "pairs.tsv"))
+    reporter, log = Reporter(small_config("pairs.tsv"), 100, told, told), UnreadableLog(source)
+    reporter.losses(log)
+    assert not told.lines
+    notes = odd_code(NOTES)
+    log.add(np.array([[1, 0], [2, 0], [3, 6], [4, notes], [1, 0], [5, notes]]))
+    reporter.losses(log)
+    reporter.losses(log)
+    few, odd = told.lines
+    assert "3 pairs could not be read so far, over all processes" in few
+    assert "(missing file: 2, truncated image: 1)" in few
+    assert f"2 pictures so far have {NOTES}, and are used all the same" in odd
+    assert odd.endswith(source.where(4))
+    log.add(np.array([[6, 0]]))
+    reporter.losses(log)
+    assert len(told.lines) == 3
+
+
+def test_what_a_list_leaves_out_and_repeats_is_told(told, tmp_path):
+    rows = ["a.jpg\ta cat", "https://h.example/b.jpg\ta dog", "a.jpg\ta cat", "c.jpg\ta cat"]
+    (tmp_path / "pairs.tsv").write_text("\n".join(["filepath\ttitle", *rows]))
+    source = open_source(str(tmp_path / "pairs.tsv"))
+    Reporter(small_config("pairs.tsv"), 100, told, told).source(source, None)
+    assert any("a web address (https://)" in line and "1 (line 3)" in line for line in told.lines)
+    (told_of,) = warnings(told)
+    assert "1 of 3 pairs repeat an earlier one's picture and caption" in told_of
+    assert "negatives" in told_of
