@@ -17,6 +17,11 @@ bucket gave no answer for minutes: start the same command again; 76 another proc
 lost, or did not come: start the same command again; 130 interrupted at once.
 """
 
+from protoclip_jax import signals
+
+if __name__ == "__main__":  # not in the workers that a run starts
+    signals.install()  # before all that takes time
+
 import os
 import sys
 import traceback
@@ -34,7 +39,7 @@ from protoclip_jax.recipe import OVERRIDE, configured, option_types
 from protoclip_jax.storage.home import at_home
 from protoclip_jax.suggestions import no_such_word
 
-LEFT = 75  # EX_TEMPFAIL: what a scheduler may start again
+LEFT = signals.LEFT
 # By name: their modules are imported late.
 CANNOT_GO_ON = ("CheckpointError", "SourceError", "SourceChanged")
 
@@ -54,6 +59,16 @@ _DRY_RUN = flags.DEFINE_bool(
 
 def run(argv: Sequence[str]) -> int:
     """Trains; returns the exit code, as the head of this file lists them."""
+    try:
+        with signals.raised():
+            code = _run(argv)
+            signals.over(code)
+    except KeyboardInterrupt as error:  # between two lines, outside of what `_run` catches
+        code = _told(error)
+    return code
+
+
+def _run(argv: Sequence[str]) -> int:
     *_, overrides = argv
     logging.set_verbosity(logging.WARNING)  # orbax and tfds tell every step of theirs
     distributed = None
@@ -90,12 +105,14 @@ def run(argv: Sequence[str]) -> int:
                 print(f"protoclip_jax: {devices}", file=sys.stderr)
             loop.train(config, workdir, _PROFILE.value)
     except BaseException as error:
+        signals.over()
         if distributed is not None and _of_runtime(error):
             distributed.wait_for_cause()
         code = _told(error)
         if code is None:
             traceback.print_exc()
             code = 1
+        signals.over(code)
         # Processes that leave on a signal do so together; of anything else the others are told.
         if distributed is not None and type(error).__name__ != "Leaving":
             distributed.fail(error, code)
@@ -145,7 +162,7 @@ def _told(error: BaseException) -> int | None:
         return LEFT
     if isinstance(error, KeyboardInterrupt):
         print("\nStopped. The same command goes on from the last checkpoint.", file=sys.stderr)
-        return 130
+        return getattr(error, "code", signals.INTERRUPTED)
     return None
 
 

@@ -249,6 +249,10 @@ class Checkpoints:
                 raise ValueError(f"the numbers of {name} are not those that were saved")
         return {name: restored[name] for name in items}
 
+    def saving(self) -> bool:
+        """Whether something is being saved now."""
+        return self._manager.is_saving_in_progress()
+
     def wait(self) -> None:
         """Blocks until what is being saved is on disk.
 

@@ -35,7 +35,7 @@ from protoclip_jax.training.phases import Phase, phase_of
 from protoclip_jax.training.profile import Profile
 from protoclip_jax.training.progress import Progress
 from protoclip_jax.training.reporter import Reporter, cluster_numbers
-from protoclip_jax.training.requests import LEAVE, Leaving, Requests
+from protoclip_jax.training.requests import LEAVE, AtOnce, Leaving, Requests
 from protoclip_jax.training.restore import start_weights
 from protoclip_jax.training.stopwatch import Stopwatch
 
@@ -110,7 +110,7 @@ class Trainer:
         self.reporter = Reporter(config, self.model.embed_dim, self.progress, self.log)
         self.evaluator = Evaluator(config, self.model, self.graphdef, self.mesh)
         self.reporter.lines(cache.lines())
-        self.requests = Requests(config.checkpoint.minutes, self.mesh)
+        self.requests = Requests(config.checkpoint.minutes, self.mesh, self.settled)
         self.train_steps: dict[Phase, CompiledStep] = {}
         self.clock = Stopwatch()
         by_row = NamedSharding(self.mesh, PartitionSpec(state.BATCH_AXES))
@@ -177,12 +177,18 @@ class Trainer:
             self.reporter.source(self.input.source, self.input.teacher)
             self.evaluate("untrained", 0)
         with self.requests, self.input.batches(first, steps) as self.batches:
-            for episode in range(first, config.episode.count):
-                self.run_episode(episode)
+            try:
+                for episode in range(first, config.episode.count):
+                    self.run_episode(episode)
+            except AtOnce:  # between two steps: alone, and this process's state is whole
+                self.save()
+                self.leave()
+            self.checkpoints.wait()
         # Process 0 writes the log, so that the others might read it too early.
         if self.done and not broadcast(self.evaluator.measured(self.mirror.local, self.done)):
+            if any(exchange(self.requests.heard)):
+                self.leave()
             self.evaluate(phase_of(config, config.episode.count - 1).name, config.episode.count - 1)
-        self.checkpoints.wait()
         self.progress.close()
         if jax.process_index() == 0:
             self.reporter.result(self.workdir, self.evaluator.table(self.mirror.local))
@@ -195,7 +201,7 @@ class Trainer:
         last = episode + 1 == config.episode.count
         due = config.evaluation.every and (episode + 1) % config.evaluation.every == 0
         if (last or due) and not leave:
-            with self.part(clock, "evaluate"):
+            with self.part(clock, "evaluate"), self.requests.breaking():
                 found = self.evaluate(phase.name, episode)
         # Before the save, so that a run that goes on from there finds this line. The seconds of the
         # save are told with the next episode.
@@ -233,7 +239,7 @@ class Trainer:
             batches = self.draw()
         with self.part(clock, "extract"):
             features, rows = self.extract(episode, batches)
-        with self.part(clock, "cluster"):
+        with self.part(clock, "cluster"), self.requests.breaking():
             clusters = self.cluster(episode, features, rows)
         with self.part(clock, "back-translate"):
             prototypes = self.back_translate(features[0], features[1], clusters)
@@ -381,9 +387,14 @@ class Trainer:
             self.saved = self.done
         self.requests.saved()
 
+    def settled(self) -> bool:
+        """Whether the run could end now without losing a step."""
+        return self.done == self.saved and not self.checkpoints.saving()
+
     def leave(self) -> None:
         """Waits until all is saved, and leaves."""
         self.checkpoints.wait()
+        self.requests.left()
         raise Leaving(self.done)
 
     @contextlib.contextmanager
