@@ -82,6 +82,11 @@ def _run(argv: Sequence[str]) -> int:
         # Imported late, so that a wrong option is refused without waiting for JAX.
         import jax
 
+        if jax.config.jax_enable_x64:
+            raise ConfigError(
+                "JAX_ENABLE_X64 is set: training is in float32 or bfloat16 (model.dtype), and "
+                "would be another run. Unset it"
+            )
         from protoclip_jax import distributed
 
         distributed.join(
@@ -91,6 +96,7 @@ def _run(argv: Sequence[str]) -> int:
         from protoclip_jax.training import agreement, dry_run, loop
 
         compilation_cache.turn_on()
+        _check_platform()
         devices = agreement.devices()
         config = configured(_CONFIG.value, overrides, jax.device_count())
         if jax.process_index() == 0:
@@ -120,6 +126,26 @@ def _run(argv: Sequence[str]) -> int:
     return 0
 
 
+def _check_platform() -> None:
+    """Wakes the devices up.
+
+    Raises:
+      ConfigError: there are none of the kind that the environment asks for.
+    """
+    import jax
+
+    try:
+        jax.local_devices()
+    except RuntimeError as error:
+        named = os.environ.get("JAX_PLATFORMS")
+        if not named:
+            raise
+        reason = str(error).splitlines()[0][:300]
+        raise ConfigError(
+            f"JAX_PLATFORMS={named}: {reason}. Unset it to use what there is"
+        ) from error
+
+
 def _of_runtime(error: BaseException) -> bool:
     """Whether an error may come from a collective operation that lost a process."""
     return type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError") and (
@@ -134,10 +160,14 @@ def _workdir(text: str | None):
       ConfigError: nothing can be written there.
     """
     # Imported late, so that a wrong option is refused at once.
-    from protoclip_jax.storage.paths import workdir_at
+    from protoclip_jax.storage.paths import check_writable, workdir_at
 
     try:
-        return None if text is None else workdir_at(text)
+        if text is None:
+            return None
+        folder = workdir_at(text)
+        check_writable(folder)
+        return folder
     except ValueError as error:
         raise ConfigError(f"--workdir={error}") from error
 

@@ -8,8 +8,7 @@ from pathlib import Path
 
 def cache_folders(kind: str) -> list[Path]:
     """Folders for files of a kind, the best first: of the user, else of the machine."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return [cache / "protoclip_jax" / kind, _on_machine(kind)]
+    return [*_of_user(kind), _on_machine(kind)]
 
 
 def cache_folder(kind: str) -> Path:
@@ -45,6 +44,14 @@ def _first(folders: list[Path], variable: str) -> Path:
         if writable(folder):
             return folder
     raise OSError(f"{' and '.join(map(str, folders))} cannot be written: set {variable}")
+
+
+def _of_user(kind: str) -> list[Path]:
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # a user whom the machine does not know, and no HOME
+        return []
+    return [cache / "protoclip_jax" / kind]
 
 
 def _on_machine(kind: str) -> Path:

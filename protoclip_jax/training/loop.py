@@ -68,6 +68,7 @@ def train(config: Config, workdir: AnyPath, profile: str | None = None) -> None:
     except OSError as error:
         raise ConfigError(f"--workdir={workdir} is no folder to write to: {error}") from error
     agreement.compare("the processes would not train the same", record.identity(config))
+    record.check(workdir)
     agreement.same_folder(epath.Path(workdir))
     with agreement.in_use(workdir):
         trainer = Trainer(config, workdir, profile)
@@ -106,7 +107,7 @@ class Trainer:
         self.meta[record.IMAGE_CACHE] = cache.form
         self.saved = self.done
         self.progress.start(self.done)
-        self.log = MetricLog(self.mirror.local, config, self.done, workdir.name)
+        self.log = MetricLog(self.mirror.local, config, self.done, workdir.name, self.progress.say)
         self.reporter = Reporter(config, self.model.embed_dim, self.progress, self.log)
         self.evaluator = Evaluator(config, self.model, self.graphdef, self.mesh)
         self.reporter.lines(cache.lines())
@@ -136,6 +137,8 @@ class Trainer:
             record.write(self.workdir, self.config)
             return 0, None
         done, (self.state, prepared) = found
+        if not objects.is_file(self.workdir / record.RECIPE_FILE):
+            record.write(self.workdir, self.config)  # somebody removed it; it says the same
         return done, prepared
 
     def fresh(self) -> dict:
@@ -405,12 +408,10 @@ class Trainer:
             yield
 
     def close(self) -> None:
-        """Finishes what is being written."""
-        self.profile.close()
-        self.progress.close()
-        self.log.close()
-        self.mirror.close()
-        self.checkpoints.close()
+        """Finishes what is being written: all of it, also where one cannot be."""
+        with contextlib.ExitStack() as stack:
+            for one in (self.checkpoints, self.mirror, self.log, self.progress, self.profile):
+                stack.callback(one.close)
 
 
 def step_inputs(batch: dict[str, Any]) -> dict[str, np.ndarray]:
