@@ -33,7 +33,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from absl import app, flags, logging
 
-from protoclip_jax import idle_options
+from protoclip_jax import idle_options, machine_faults
 from protoclip_jax.config import ConfigError
 from protoclip_jax.recipe import OVERRIDE, configured, option_types
 from protoclip_jax.storage.home import at_home
@@ -57,8 +57,8 @@ _DRY_RUN = flags.DEFINE_bool(
 )
 
 
-def run(argv: Sequence[str]) -> int:
-    """Trains; returns the exit code, as the head of this file lists them."""
+def run(argv: Sequence) -> int:
+    """Trains, from what `parse` made; returns an exit code of those at the head of this file."""
     try:
         with signals.raised():
             code = _run(argv)
@@ -68,7 +68,7 @@ def run(argv: Sequence[str]) -> int:
     return code
 
 
-def _run(argv: Sequence[str]) -> int:
+def _run(argv: Sequence) -> int:
     *_, overrides = argv
     logging.set_verbosity(logging.WARNING)  # orbax and tfds tell every step of theirs
     distributed = None
@@ -76,6 +76,8 @@ def _run(argv: Sequence[str]) -> int:
         if _CONFIG.value is None:
             raise ConfigError("--config=RECIPE is missing: --config=configs/quickstart.py")
         configured(_CONFIG.value, overrides, num_devices=None)
+        if too_few := machine_faults.raise_open_files():
+            raise ConfigError(too_few)
         if _WORKDIR.value is None and not _DRY_RUN.value:
             raise ConfigError("--workdir=FOLDER is missing, for example --workdir=runs/quickstart")
         workdir = _workdir(_WORKDIR.value)
@@ -193,6 +195,9 @@ def _told(error: BaseException) -> int | None:
     if isinstance(error, KeyboardInterrupt):
         print("\nStopped. The same command goes on from the last checkpoint.", file=sys.stderr)
         return getattr(error, "code", signals.INTERRUPTED)
+    if (line := machine_faults.told(error)) is not None:
+        print(f"protoclip_jax: {line}", file=sys.stderr)
+        return 1
     return None
 
 

@@ -6,6 +6,7 @@ position exactly once. Example: 13 rows, batch 4, two processes: both train 3 st
 batches, of which the last holds position 12 on the first process and nothing on the second.
 """
 
+import contextlib
 import dataclasses
 import gc
 import multiprocessing
@@ -25,6 +26,7 @@ from protoclip_jax import signals
 from protoclip_jax.data.reader import BatchReader, Reading
 from protoclip_jax.data.unreadable import UnreadableLog
 from protoclip_jax.data.walk import Walk
+from protoclip_jax.data.workers import explained
 
 
 class Batches(Iterator[dict]):
@@ -105,14 +107,26 @@ class _Running:
 
     def __init__(self, reader: BatchReader, workers: int):
         self._reader, self._workers = reader, workers
-        self._iterator = iter(_dataset(reader, workers))
+        with self._explained():
+            self._iterator = iter(_dataset(reader, workers))
         self._started = not workers
 
     def next(self) -> dict:
-        if not self._started:
-            self._started = True
-            return _with_signals_blocked(self._iterator.__next__)
-        return next(self._iterator)
+        with self._explained():
+            if not self._started:
+                self._started = True
+                return _with_signals_blocked(self._iterator.__next__)
+            return next(self._iterator)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, RuntimeError) as error:
+            plain = explained(error, self._workers)
+            if plain is None:
+                raise
+            raise plain from error
 
     def close(self) -> None:
         self._iterator.close()
