@@ -31,7 +31,7 @@ from typing import NoReturn
 # XLA's and orbax's chatter would break the progress bar; errors still show.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from absl import app, flags, logging
+from absl import app, flags
 
 from protoclip_jax import idle_options, machine_faults
 from protoclip_jax.config import ConfigError
@@ -70,8 +70,7 @@ def run(argv: Sequence) -> int:
 
 def _run(argv: Sequence) -> int:
     *_, overrides = argv
-    logging.set_verbosity(logging.WARNING)  # orbax and tfds tell every step of theirs
-    distributed = None
+    distributed = libraries = None
     try:
         if _CONFIG.value is None:
             raise ConfigError("--config=RECIPE is missing: --config=configs/quickstart.py")
@@ -95,8 +94,9 @@ def _run(argv: Sequence) -> int:
             _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, search=_DISTRIBUTED.value
         )
         from protoclip_jax import compilation_cache
-        from protoclip_jax.training import agreement, dry_run, loop
+        from protoclip_jax.training import agreement, dry_run, loop, messages
 
+        libraries = messages.take_over()
         compilation_cache.turn_on()
         _check_platform()
         devices = agreement.devices()
@@ -111,12 +111,12 @@ def _run(argv: Sequence) -> int:
         else:
             if jax.process_index() == 0:
                 print(f"protoclip_jax: {devices}", file=sys.stderr)
-            loop.train(config, workdir, _PROFILE.value)
+            loop.train(config, workdir, _PROFILE.value, libraries)
     except BaseException as error:
         signals.over()
         if distributed is not None and _of_runtime(error):
             distributed.wait_for_cause()
-        code = _told(error)
+        code = _told(error, "" if libraries is None else libraries.where())
         if code is None:
             traceback.print_exc()
             code = 1
@@ -174,8 +174,13 @@ def _workdir(text: str | None):
         raise ConfigError(f"--workdir={error}") from error
 
 
-def _told(error: BaseException) -> int | None:
-    """Says in a line what ended the run; its exit code, or None where that is a fault of ours."""
+def _told(error: BaseException, more: str = "") -> int | None:
+    """Says in a line what ended the run; its exit code, or None where that is a fault of ours.
+
+    Args:
+      error: what ended it.
+      more: where more is told, for errors that libraries tell of too.
+    """
     name = type(error).__name__
     if isinstance(error, ConfigError):
         print(f"protoclip_jax: {error}", file=sys.stderr)
@@ -187,7 +192,7 @@ def _told(error: BaseException) -> int | None:
         )
         return LEFT
     if isinstance(error, FloatingPointError) or name in CANNOT_GO_ON:
-        print(f"protoclip_jax: {error}", file=sys.stderr)
+        print(f"protoclip_jax: {error}{more}", file=sys.stderr)
         return 1
     if name == "Leaving":
         print(f"\nprotoclip_jax: {error}; the same command goes on there", file=sys.stderr)

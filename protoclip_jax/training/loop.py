@@ -23,7 +23,7 @@ from protoclip_jax.storage import objects
 from protoclip_jax.storage.mirror import Mirror
 from protoclip_jax.storage.paths import AnyPath, workdir_at
 from protoclip_jax.storage.retries import Unreachable
-from protoclip_jax.training import agreement, record, state, step
+from protoclip_jax.training import agreement, messages, record, state, step
 from protoclip_jax.training.checkpoint import Checkpoints
 from protoclip_jax.training.compiled import CompiledStep
 from protoclip_jax.training.evaluator import Evaluator
@@ -45,13 +45,19 @@ Prepared = tuple[dict, EpisodeLabels]
 APPENDED = ("metrics.jsonl", "unreadable*.tsv")  # files of a workdir that a later run goes on with
 
 
-def train(config: Config, workdir: AnyPath, profile: str | None = None) -> None:
+def train(
+    config: Config,
+    workdir: AnyPath,
+    profile: str | None = None,
+    libraries: messages.Messages | None = None,
+) -> None:
     """Runs a recipe in a workdir: starts, goes on where it stopped, or says it is finished.
 
     Args:
       config: a checked recipe.
       workdir: folder of the run, local or gs://.
       profile: "a:b" writes a trace of these steps.
+      libraries: what libraries tell; none = that is the caller's affair.
 
     Raises:
       ConfigError: the recipe does not fit the data, or the run that is in the workdir.
@@ -71,7 +77,7 @@ def train(config: Config, workdir: AnyPath, profile: str | None = None) -> None:
     record.check(workdir)
     agreement.same_folder(epath.Path(workdir))
     with agreement.in_use(workdir):
-        trainer = Trainer(config, workdir, profile)
+        trainer = Trainer(config, workdir, profile, libraries)
         try:
             trainer.run()
         finally:
@@ -81,10 +87,20 @@ def train(config: Config, workdir: AnyPath, profile: str | None = None) -> None:
 class Trainer:
     """A run: its state on the devices, its input, and where its numbers go."""
 
-    def __init__(self, config: Config, workdir: AnyPath, profile: str | None = None):
+    def __init__(
+        self,
+        config: Config,
+        workdir: AnyPath,
+        profile: str | None = None,
+        libraries: messages.Messages | None = None,
+    ):
         self.config, self.workdir = config, workdir
         self.progress = Progress(config.total_steps, config.log.progress)
         self.mirror = Mirror(workdir, APPENDED, say=self.progress.say)
+        if libraries is not None:
+            number = f".{jax.process_index()}" if jax.process_index() else ""
+            libraries.keep_in(self.mirror.local / f"{messages.FILE}{number}")
+            libraries.say_with(self.progress.say)
         self.mesh = state.make_mesh(config.mesh.fsdp)
         self.replicated = NamedSharding(self.mesh, PartitionSpec())
         self.model = state.model_of(config)
@@ -328,6 +344,8 @@ class Trainer:
           The mean of every metric, and what is asked of the run after the last step.
         """
         if phase not in self.train_steps:
+            phases = list(dict.fromkeys(phase_of(config, n) for n in range(config.episode.count)))
+            self.reporter.compiling(phase, phases)
             self.train_steps[phase] = self.compiled(phase)
         train_step, asked = self.train_steps[phase], 0
         prototypes, labels = prepared or (None, None)

@@ -139,6 +139,13 @@ class Reporter:
         self._progress.say(first)
         self.lines(rest)
 
+    def compiling(self, phase: Phase, phases: Sequence[Phase]) -> None:
+        """Tells that the step of a phase is compiled, of all phases of the run."""
+        self._progress.say(
+            f"  compiling the {phase.name} step, phase {phases.index(phase) + 1} of {len(phases)}: "
+            "minutes for a large model, seconds where it was compiled before"
+        )
+
     def lines(self, lines: Sequence[str]) -> None:
         """Tells what another room has to say."""
         for line in lines:
