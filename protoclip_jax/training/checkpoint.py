@@ -263,8 +263,13 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits and releases the writer."""
-        self._manager.close()
+        """Waits and releases the writer.
+
+        Raises:
+          CheckpointError: what was being saved cannot be written.
+        """
+        with self._told():
+            self._manager.close()
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:

@@ -15,7 +15,7 @@ import random_signals
 from protoclip_jax import signals
 
 ROOT = Path(__file__).parents[2]
-MOMENTS = 10
+MOMENTS = 8
 
 
 @pytest.fixture
