@@ -344,8 +344,7 @@ class Trainer:
           The mean of every metric, and what is asked of the run after the last step.
         """
         if phase not in self.train_steps:
-            phases = list(dict.fromkeys(phase_of(config, n) for n in range(config.episode.count)))
-            self.reporter.compiling(phase, phases)
+            self.reporter.compiling(phase)
             self.train_steps[phase] = self.compiled(phase)
         train_step, asked = self.train_steps[phase], 0
         prototypes, labels = prepared or (None, None)
