@@ -12,9 +12,10 @@ by the environment of Slurm, Open MPI or GKE's TPUs, by --distributed on a Cloud
 --coordinator, --num_processes and --process_id. The workdir must be one folder for all.
 
 Exit codes: 0 done; 1 the run cannot go on (not finite, no checkpoint can be written, its data has
-changed or cannot be read); 2 this cannot be run; 75 saved and left on SIGTERM or SIGINT, or a
-bucket gave no answer for minutes: start the same command again; 76 another process of the run was
-lost, or did not come: start the same command again; 130 interrupted at once.
+changed or cannot be read, or the machine fails it); 2 this cannot be run; 75 saved and left on
+SIGTERM or SIGINT, or stopped by SIGTERM before there was anything to save, or a bucket gave no
+answer for minutes: start the same command again; 76 another process of the run was lost, or did not
+come: start the same command again; 130 interrupted at once.
 """
 
 from protoclip_jax import signals
