@@ -11,6 +11,7 @@ import dataclasses
 import gc
 import multiprocessing
 import os
+import sys
 import threading
 import time
 import weakref
@@ -27,6 +28,8 @@ from protoclip_jax.data.reader import BatchReader, Reading
 from protoclip_jax.data.unreadable import UnreadableLog
 from protoclip_jax.data.walk import Walk
 from protoclip_jax.data.workers import explained
+
+_QUIET = "ignore::UserWarning:multiprocessing.resource_tracker"
 
 
 class Batches(Iterator[dict]):
@@ -159,6 +162,9 @@ def _with_signals_blocked(first: Callable[[], dict]) -> dict:
     They inherit the blocked signals: between a worker's start and its own first line there are
     seconds of imports, in which Ctrl-C would end it, and the run with it.
     """
+    # What killed workers leave is removed by a process of Python's, without a word to the user.
+    if _QUIET not in sys.warnoptions:
+        sys.warnoptions.append(_QUIET)  # handed on to that process
     resource_tracker.ensure_running()  # which unblocks the signals when it starts
     future: Future[dict] = Future()
 
