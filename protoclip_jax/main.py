@@ -12,10 +12,16 @@ by the environment of Slurm, Open MPI or GKE's TPUs, by --distributed on a Cloud
 --coordinator, --num_processes and --process_id. The workdir must be one folder for all.
 
 Exit codes: 0 done; 1 the run cannot go on (not finite, no checkpoint can be written, its data has
-changed or cannot be read); 2 this cannot be run; 75 saved and left on SIGTERM or SIGINT, or a
-bucket gave no answer for minutes: start the same command again; 76 another process of the run was
-lost, or did not come: start the same command again; 130 interrupted at once.
+changed or cannot be read, or the machine fails it); 2 this cannot be run; 75 saved and left on
+SIGTERM or SIGINT, or stopped by SIGTERM before there was anything to save, or a bucket gave no
+answer for minutes: start the same command again; 76 another process of the run was lost, or did not
+come: start the same command again; 130 interrupted at once.
 """
+
+from protoclip_jax import signals
+
+if __name__ == "__main__":  # not in the workers that a run starts
+    signals.install()  # before all that takes time
 
 import os
 import sys
@@ -26,16 +32,16 @@ from typing import NoReturn
 # XLA's and orbax's chatter would break the progress bar; errors still show.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from absl import app, flags, logging
+from absl import app, flags
 
-from protoclip_jax import idle_options
+from protoclip_jax import idle_options, machine_faults
 from protoclip_jax.config import ConfigError
 from protoclip_jax.recipe import OVERRIDE, configured, option_types
 from protoclip_jax.storage.home import at_home
 from protoclip_jax.storage.screen import show_any_text
 from protoclip_jax.suggestions import no_such_word
 
-LEFT = 75  # EX_TEMPFAIL: what a scheduler may start again
+LEFT = signals.LEFT
 # By name: their modules are imported late.
 CANNOT_GO_ON = ("CheckpointError", "SourceError", "SourceChanged")
 
@@ -53,30 +59,48 @@ _DRY_RUN = flags.DEFINE_bool(
 )
 
 
-def run(argv: Sequence[str]) -> int:
-    """Trains; returns the exit code, as the head of this file lists them."""
+def run(argv: Sequence) -> int:
+    """Trains, from what `parse` made; returns an exit code of those at the head of this file."""
+    try:
+        with signals.raised():
+            code = _run(argv)
+            signals.over(code)
+    except KeyboardInterrupt as error:  # between two lines, outside of what `_run` catches
+        code = _told(error)
+    return code
+
+
+def _run(argv: Sequence) -> int:
     *_, overrides = argv
-    logging.set_verbosity(logging.WARNING)  # orbax and tfds tell every step of theirs
-    distributed = None
+    distributed = libraries = None
     try:
         if _CONFIG.value is None:
             raise ConfigError("--config=RECIPE is missing: --config=configs/quickstart.py")
         configured(_CONFIG.value, overrides, num_devices=None)
+        if too_few := machine_faults.raise_open_files():
+            raise ConfigError(too_few)
         if _WORKDIR.value is None and not _DRY_RUN.value:
             raise ConfigError("--workdir=FOLDER is missing, for example --workdir=runs/quickstart")
         workdir = _workdir(_WORKDIR.value)
         # Imported late, so that a wrong option is refused without waiting for JAX.
         import jax
 
+        if jax.config.jax_enable_x64:
+            raise ConfigError(
+                "JAX_ENABLE_X64 is set: training is in float32 or bfloat16 (model.dtype), and "
+                "would be another run. Unset it"
+            )
         from protoclip_jax import distributed
 
         distributed.join(
             _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, search=_DISTRIBUTED.value
         )
         from protoclip_jax import compilation_cache
-        from protoclip_jax.training import agreement, dry_run, loop
+        from protoclip_jax.training import agreement, dry_run, loop, messages
 
+        libraries = messages.take_over()
         compilation_cache.turn_on()
+        _check_platform()
         devices = agreement.devices()
         config = configured(_CONFIG.value, overrides, jax.device_count())
         if jax.process_index() == 0:
@@ -89,19 +113,41 @@ def run(argv: Sequence[str]) -> int:
         else:
             if jax.process_index() == 0:
                 print(f"protoclip_jax: {devices}", file=sys.stderr)
-            loop.train(config, workdir, _PROFILE.value)
+            loop.train(config, workdir, _PROFILE.value, libraries)
     except BaseException as error:
+        signals.over()
         if distributed is not None and _of_runtime(error):
             distributed.wait_for_cause()
-        code = _told(error)
+        code = _told(error, "" if libraries is None else libraries.where())
         if code is None:
             traceback.print_exc()
             code = 1
+        signals.over(code)
         # Processes that leave on a signal do so together; of anything else the others are told.
         if distributed is not None and type(error).__name__ != "Leaving":
             distributed.fail(error, code)
         return code
     return 0
+
+
+def _check_platform() -> None:
+    """Wakes the devices up.
+
+    Raises:
+      ConfigError: there are none of the kind that the environment asks for.
+    """
+    import jax
+
+    try:
+        jax.local_devices()
+    except RuntimeError as error:
+        named = os.environ.get("JAX_PLATFORMS")
+        if not named:
+            raise
+        reason = str(error).splitlines()[0][:300]
+        raise ConfigError(
+            f"JAX_PLATFORMS={named}: {reason}. Unset it to use what there is"
+        ) from error
 
 
 def _of_runtime(error: BaseException) -> bool:
@@ -118,16 +164,25 @@ def _workdir(text: str | None):
       ConfigError: nothing can be written there.
     """
     # Imported late, so that a wrong option is refused at once.
-    from protoclip_jax.storage.paths import workdir_at
+    from protoclip_jax.storage.paths import check_writable, workdir_at
 
     try:
-        return None if text is None else workdir_at(text)
+        if text is None:
+            return None
+        folder = workdir_at(text)
+        check_writable(folder)
+        return folder
     except ValueError as error:
         raise ConfigError(f"--workdir={error}") from error
 
 
-def _told(error: BaseException) -> int | None:
-    """Says in a line what ended the run; its exit code, or None where that is a fault of ours."""
+def _told(error: BaseException, more: str = "") -> int | None:
+    """Says in a line what ended the run; its exit code, or None where that is a fault of ours.
+
+    Args:
+      error: what ended it.
+      more: where more is told, for errors that libraries tell of too.
+    """
     name = type(error).__name__
     if isinstance(error, ConfigError):
         print(f"protoclip_jax: {error}", file=sys.stderr)
@@ -139,14 +194,17 @@ def _told(error: BaseException) -> int | None:
         )
         return LEFT
     if isinstance(error, FloatingPointError) or name in CANNOT_GO_ON:
-        print(f"protoclip_jax: {error}", file=sys.stderr)
+        print(f"protoclip_jax: {error}{more}", file=sys.stderr)
         return 1
     if name == "Leaving":
         print(f"\nprotoclip_jax: {error}; the same command goes on there", file=sys.stderr)
         return LEFT
     if isinstance(error, KeyboardInterrupt):
         print("\nStopped. The same command goes on from the last checkpoint.", file=sys.stderr)
-        return 130
+        return getattr(error, "code", signals.INTERRUPTED)
+    if (line := machine_faults.told(error)) is not None:
+        print(f"protoclip_jax: {line}", file=sys.stderr)
+        return 1
     return None
 
 

@@ -21,6 +21,10 @@ if __name__ == "__main__":  # not in the workers that this process starts: they 
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES}"
     os.environ["JAX_PLATFORMS"] = "cpu"
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+if __name__ == "__main__":
+    from protoclip_jax import signals
+
+    signals.install()  # as protoclip_jax.main does
 
 
 def main() -> None:

@@ -6,22 +6,30 @@ position exactly once. Example: 13 rows, batch 4, two processes: both train 3 st
 batches, of which the last holds position 12 on the first process and nothing on the second.
 """
 
+import contextlib
 import dataclasses
 import gc
+import multiprocessing
 import os
-import signal
+import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from multiprocessing import resource_tracker
 
 import grain
 import numpy as np
 from absl import flags
 
+from protoclip_jax import signals
 from protoclip_jax.data.reader import BatchReader, Reading
 from protoclip_jax.data.unreadable import UnreadableLog
 from protoclip_jax.data.walk import Walk
+from protoclip_jax.data.workers import explained
+
+_QUIET = "ignore::UserWarning:multiprocessing.resource_tracker"
 
 
 class Batches(Iterator[dict]):
@@ -75,9 +83,9 @@ class Batches(Iterator[dict]):
         if not self._left:
             self.close()
             raise StopIteration
-        batch = next(self._running.iterator)
+        batch = self._running.next()
         while not batch:  # a number that stands for nothing
-            batch = next(self._running.iterator)
+            batch = self._running.next()
         # Workers send arrays in shared memory, which must not outlive them.
         batch = {key: _own(value) for key, value in batch.items()}
         self._left -= 1
@@ -102,11 +110,30 @@ class _Running:
 
     def __init__(self, reader: BatchReader, workers: int):
         self._reader, self._workers = reader, workers
-        self.iterator = iter(_dataset(reader, workers))
+        with self._explained():
+            self._iterator = iter(_dataset(reader, workers))
+        self._started = not workers
+
+    def next(self) -> dict:
+        with self._explained():
+            if not self._started:
+                self._started = True
+                return _with_signals_blocked(self._iterator.__next__)
+            return next(self._iterator)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, RuntimeError) as error:
+            plain = explained(error, self._workers)
+            if plain is None:
+                raise
+            raise plain from error
 
     def close(self) -> None:
-        self.iterator.close()
-        self.iterator = None  # grain's own finaliser fails at the interpreter's end
+        self._iterator.close()
+        self._iterator = None  # grain's own finaliser fails at the interpreter's end
         self._reader.close()
         if self._workers:
             gc.collect()  # a cycle in grain's iterator holds the last batch's shared memory
@@ -129,15 +156,39 @@ def _dataset(reader: BatchReader, workers: int) -> grain.IterDataset:
     )
 
 
+def _with_signals_blocked(first: Callable[[], dict]) -> dict:
+    """What `first` gives, which starts the worker processes from threads of its own.
+
+    They inherit the blocked signals: between a worker's start and its own first line there are
+    seconds of imports, in which Ctrl-C would end it, and the run with it.
+    """
+    # What killed workers leave is removed by a process of Python's, without a word to the user.
+    if _QUIET not in sys.warnoptions:
+        sys.warnoptions.append(_QUIET)  # handed on to that process
+    resource_tracker.ensure_running()  # which unblocks the signals when it starts
+    future: Future[dict] = Future()
+
+    def start() -> None:
+        try:
+            future.set_result(first())
+        except BaseException as error:
+            future.set_exception(error)
+
+    thread = threading.Thread(target=start, name="first batch", daemon=True)
+    with signals.blocked():
+        thread.start()
+    return future.result()  # which a signal interrupts
+
+
 def _start_worker(index: int, count: int) -> None:
     """In a worker: Ctrl-C and a scheduler's signal reach the whole group, and the run decides.
 
     It may still need the batch that this worker makes, before it saves and leaves. When the run is
     killed, nobody else would end its workers.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    signals.ignore()
+    parent = multiprocessing.parent_process().pid  # it may be gone already
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
 def _end_with(parent: int) -> None:

@@ -53,6 +53,7 @@ class UnreadableLog:
         self._source = source
         self._seen = np.zeros(len(source), bool)
         self._path = path
+        self._waiting, self._failing = b"", False
         self._new: list[tuple[int, int]] = []  # not yet given to the other processes
         for known in (path, *earlier):
             if known is not None and os.path.exists(known):
@@ -75,8 +76,28 @@ class UnreadableLog:
             if len(self) <= _WARNINGS:
                 logger.warning("skipped an unreadable pair: row %d, %s: %s", row, name, reason)
         if fresh and self._path is not None:
-            with open(self._path, "a", encoding="utf-8", errors=ESCAPED) as file:
-                file.writelines(fresh)
+            self._append("".join(fresh))
+
+    def _append(self, lines: str) -> None:
+        """Writes lines; what a full disk does not take waits for the next ones."""
+        self._waiting += lines.encode(errors=ESCAPED)
+        try:
+            file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            try:
+                while self._waiting:
+                    self._waiting = self._waiting[os.write(file, self._waiting) :]
+            finally:
+                os.close(file)
+        except OSError as error:
+            if not self._failing:
+                logger.warning(
+                    "%s cannot be written (%s): what it lacks is added with the next line",
+                    self._path,
+                    error.strerror,
+                )
+            self._failing = True
+        else:
+            self._failing = False
 
     def take_new(self) -> str:
         """What was met since the last call, for the other processes."""

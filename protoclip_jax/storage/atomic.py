@@ -1,5 +1,7 @@
 """Files that are there whole or not at all, also after a kill or a power cut."""
 
+import contextlib
+import errno
 import json
 import os
 from pathlib import Path
@@ -7,6 +9,8 @@ from pathlib import Path
 from protoclip_jax.storage import objects
 from protoclip_jax.storage.paths import AnyPath, is_remote
 
+# What network and FUSE file systems answer that have no fsync, or none for folders.
+_NO_FLUSH = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM)
 PART = ".part"  # ends the names of files that are not whole
 
 
@@ -18,13 +22,23 @@ def part_of(path: Path) -> Path:
 def settle(part: Path, path: Path) -> None:
     """Gives a finished part its name, once its content is on the disk."""
     with open(part, "rb+") as file:
-        os.fsync(file.fileno())
+        _flush(file.fileno())
     os.replace(part, path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    with contextlib.suppress(PermissionError):  # a folder that may be written and not be listed
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            _flush(folder)
+        finally:
+            os.close(folder)
+
+
+def _flush(file: int) -> None:
+    """Waits until a file or folder is on the disk, where the file system can tell."""
     try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        os.fsync(file)
+    except OSError as error:
+        if error.errno not in _NO_FLUSH:
+            raise
 
 
 def write_text(path: AnyPath, text: str) -> None:
@@ -33,8 +47,13 @@ def write_text(path: AnyPath, text: str) -> None:
         objects.write(str(path), text.encode())
         return
     part = part_of(path)
-    part.write_text(text, encoding="utf-8")
-    settle(part, path)
+    try:
+        part.write_text(text, encoding="utf-8")
+        settle(part, path)
+    except OSError as error:  # a write's error does not name the file
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise type(error)(error.errno, error.strerror, os.fspath(path)) from error
 
 
 def write_json(path: AnyPath, content) -> None:

@@ -205,9 +205,9 @@ def _write(folder: epath.Path, mine: Holder) -> None:
     try:
         part.write_text(text)
         part.replace(folder / NOTE)
-    except OSError:
+    except OSError as error:  # a write's error does not name the file
         part.unlink(missing_ok=True)
-        raise
+        raise type(error)(error.errno, error.strerror, os.fspath(folder / NOTE)) from error
 
 
 def _me(every: float) -> Holder:

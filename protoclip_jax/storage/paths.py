@@ -70,6 +70,26 @@ def workdir_at(path: str | os.PathLike) -> AnyPath:
     return as_path(path)
 
 
+def check_writable(folder: AnyPath) -> None:
+    """Refuses a local folder that is none, or where none can be made; it makes nothing.
+
+    Raises:
+      ValueError: says what is in the way.
+    """
+    if is_remote(folder):
+        return
+    there = Path(absolute(folder))
+    try:
+        while not os.path.lexists(there):
+            there = there.parent
+        if not there.is_dir():
+            raise ValueError(f"{folder}: {there} is no folder")
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise ValueError(f"{folder}: {error.strerror}") from error
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{folder}: {there} cannot be written")
+
+
 def check_scheme(path: str | os.PathLike) -> None:
     """Refuses what cannot be read here.
 

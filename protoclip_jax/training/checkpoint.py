@@ -249,6 +249,10 @@ class Checkpoints:
                 raise ValueError(f"the numbers of {name} are not those that were saved")
         return {name: restored[name] for name in items}
 
+    def saving(self) -> bool:
+        """Whether something is being saved now."""
+        return self._manager.is_saving_in_progress()
+
     def wait(self) -> None:
         """Blocks until what is being saved is on disk.
 
@@ -259,8 +263,13 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits and releases the writer."""
-        self._manager.close()
+        """Waits and releases the writer.
+
+        Raises:
+          CheckpointError: what was being saved cannot be written.
+        """
+        with self._told():
+            self._manager.close()
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:

@@ -1,16 +1,21 @@
 """Where the numbers of a run go: metrics.jsonl, TensorBoard events, Weights & Biases."""
 
-import json
 import math
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
-from tensorboardX import SummaryWriter
 
 from protoclip_jax.config import Config, ConfigError
-from protoclip_jax.storage import objects
-from protoclip_jax.storage.atomic import write_text
-from protoclip_jax.storage.paths import AnyPath
+from protoclip_jax.training.events import Events
+from protoclip_jax.training.metric_file import MetricFile, read_metrics
+
+__all__ = ["Meter", "MetricLog", "check_wandb", "read_metrics"]
+
+
+def _print(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 class MetricLog:
@@ -19,23 +24,33 @@ class MetricLog:
     Lines of steps after `step` are dropped at the start: a run that resumes writes them again.
     """
 
-    def __init__(self, folder: Path, config: Config, step: int, run: str | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        config: Config,
+        step: int,
+        run: str | None = None,
+        say: Callable[[str], None] = _print,
+    ):
         """Args:
         folder: where to write: the workdir, or what is mirrored there.
         config: the recipe.
         step: finished steps.
         run: name of the run; none = the folder's.
+        say: gets a line where something cannot be written.
+
+        Raises:
+          ConfigError: `metrics.jsonl` is damaged, or cannot be written.
         """
         self._file = self._events = self._wandb = None
         if jax.process_index():
             return  # the numbers are the same on every process: the first one writes them
-        path, lines = folder / "metrics.jsonl", read_metrics(folder)
-        kept = [line for line in lines if line["step"] <= step]
-        if len(kept) < len(lines):
-            write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = path.open("a")
+        try:
+            self._file = MetricFile(folder, step, say)
+        except (ValueError, OSError) as error:
+            raise ConfigError(str(error)) from error
         if config.log.tensorboard:
-            self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+            self._events = Events(folder / "tensorboard", step, say)
         if config.log.wandb_project:
             self._wandb = _start_wandb(config, folder, run or folder.name)
 
@@ -45,16 +60,16 @@ class MetricLog:
             return
         line = {"step": step, "episode": episode, "phase": phase}
         line |= {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        self._file.write(line)
         if self._events is not None:
-            for name, value in values.items():
-                self._events.add_scalar(name, value, step)
+            self._events.write(step, values)
         if self._wandb is not None:
             self._wandb.log(values | {"episode": episode}, step=step)
 
     def flush(self) -> None:
-        """Writes what is still in memory; of the lines nothing is."""
+        """Writes what is still in memory."""
+        if self._file is not None:
+            self._file.flush()
         if self._events is not None:
             self._events.flush()
 
@@ -107,21 +122,6 @@ class Meter:
     def mean(self) -> dict[str, float]:
         """Mean of all that was counted."""
         return {name: value / self._counts[name] for name, value in self._sums.items()}
-
-
-def read_metrics(workdir: AnyPath) -> list[dict]:
-    """The lines of `metrics.jsonl`; a last line cut by a kill is left out."""
-    try:
-        whole = objects.read_text(workdir / "metrics.jsonl")
-    except FileNotFoundError:
-        return []
-    lines = []
-    for text in whole.splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            continue
-    return lines
 
 
 def check_wandb(config: Config) -> None:

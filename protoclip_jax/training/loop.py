@@ -23,7 +23,7 @@ from protoclip_jax.storage import objects
 from protoclip_jax.storage.mirror import Mirror
 from protoclip_jax.storage.paths import AnyPath, workdir_at
 from protoclip_jax.storage.retries import Unreachable
-from protoclip_jax.training import agreement, record, state, step
+from protoclip_jax.training import agreement, messages, record, state, step
 from protoclip_jax.training.checkpoint import Checkpoints
 from protoclip_jax.training.compiled import CompiledStep
 from protoclip_jax.training.evaluator import Evaluator
@@ -35,7 +35,7 @@ from protoclip_jax.training.phases import Phase, phase_of
 from protoclip_jax.training.profile import Profile
 from protoclip_jax.training.progress import Progress
 from protoclip_jax.training.reporter import Reporter, cluster_numbers
-from protoclip_jax.training.requests import LEAVE, Leaving, Requests
+from protoclip_jax.training.requests import LEAVE, AtOnce, Leaving, Requests
 from protoclip_jax.training.restore import start_weights
 from protoclip_jax.training.stopwatch import Stopwatch
 
@@ -45,13 +45,19 @@ Prepared = tuple[dict, EpisodeLabels]
 APPENDED = ("metrics.jsonl", "unreadable*.tsv")  # files of a workdir that a later run goes on with
 
 
-def train(config: Config, workdir: AnyPath, profile: str | None = None) -> None:
+def train(
+    config: Config,
+    workdir: AnyPath,
+    profile: str | None = None,
+    libraries: messages.Messages | None = None,
+) -> None:
     """Runs a recipe in a workdir: starts, goes on where it stopped, or says it is finished.
 
     Args:
       config: a checked recipe.
       workdir: folder of the run, local or gs://.
       profile: "a:b" writes a trace of these steps.
+      libraries: what libraries tell; none = that is the caller's affair.
 
     Raises:
       ConfigError: the recipe does not fit the data, or the run that is in the workdir.
@@ -68,9 +74,10 @@ def train(config: Config, workdir: AnyPath, profile: str | None = None) -> None:
     except OSError as error:
         raise ConfigError(f"--workdir={workdir} is no folder to write to: {error}") from error
     agreement.compare("the processes would not train the same", record.identity(config))
+    record.check(workdir)
     agreement.same_folder(epath.Path(workdir))
     with agreement.in_use(workdir):
-        trainer = Trainer(config, workdir, profile)
+        trainer = Trainer(config, workdir, profile, libraries)
         try:
             trainer.run()
         finally:
@@ -80,10 +87,20 @@ def train(config: Config, workdir: AnyPath, profile: str | None = None) -> None:
 class Trainer:
     """A run: its state on the devices, its input, and where its numbers go."""
 
-    def __init__(self, config: Config, workdir: AnyPath, profile: str | None = None):
+    def __init__(
+        self,
+        config: Config,
+        workdir: AnyPath,
+        profile: str | None = None,
+        libraries: messages.Messages | None = None,
+    ):
         self.config, self.workdir = config, workdir
         self.progress = Progress(config.total_steps, config.log.progress)
         self.mirror = Mirror(workdir, APPENDED, say=self.progress.say)
+        if libraries is not None:
+            number = f".{jax.process_index()}" if jax.process_index() else ""
+            libraries.keep_in(self.mirror.local / f"{messages.FILE}{number}")
+            libraries.say_with(self.progress.say)
         self.mesh = state.make_mesh(config.mesh.fsdp)
         self.replicated = NamedSharding(self.mesh, PartitionSpec())
         self.model = state.model_of(config)
@@ -106,11 +123,11 @@ class Trainer:
         self.meta[record.IMAGE_CACHE] = cache.form
         self.saved = self.done
         self.progress.start(self.done)
-        self.log = MetricLog(self.mirror.local, config, self.done, workdir.name)
+        self.log = MetricLog(self.mirror.local, config, self.done, workdir.name, self.progress.say)
         self.reporter = Reporter(config, self.model.embed_dim, self.progress, self.log)
         self.evaluator = Evaluator(config, self.model, self.graphdef, self.mesh)
         self.reporter.lines(cache.lines())
-        self.requests = Requests(config.checkpoint.minutes, self.mesh)
+        self.requests = Requests(config.checkpoint.minutes, self.mesh, self.settled)
         self.train_steps: dict[Phase, CompiledStep] = {}
         self.clock = Stopwatch()
         by_row = NamedSharding(self.mesh, PartitionSpec(state.BATCH_AXES))
@@ -136,6 +153,8 @@ class Trainer:
             record.write(self.workdir, self.config)
             return 0, None
         done, (self.state, prepared) = found
+        if not objects.is_file(self.workdir / record.RECIPE_FILE):
+            record.write(self.workdir, self.config)  # somebody removed it; it says the same
         return done, prepared
 
     def fresh(self) -> dict:
@@ -178,12 +197,18 @@ class Trainer:
             if not self.done:
                 self.evaluate("untrained", 0)
         with self.requests, self.input.batches(first, steps) as self.batches:
-            for episode in range(first, config.episode.count):
-                self.run_episode(episode)
+            try:
+                for episode in range(first, config.episode.count):
+                    self.run_episode(episode)
+            except AtOnce:  # between two steps: alone, and this process's state is whole
+                self.save()
+                self.leave()
+            self.checkpoints.wait()
         # Process 0 writes the log, so that the others might read it too early.
         if self.done and not broadcast(self.evaluator.measured(self.mirror.local, self.done)):
+            if any(exchange(self.requests.heard)):
+                self.leave()
             self.evaluate(phase_of(config, config.episode.count - 1).name, config.episode.count - 1)
-        self.checkpoints.wait()
         self.progress.close()
         if jax.process_index() == 0:
             self.reporter.result(self.workdir, self.evaluator.table(self.mirror.local))
@@ -196,7 +221,7 @@ class Trainer:
         last = episode + 1 == config.episode.count
         due = config.evaluation.every and (episode + 1) % config.evaluation.every == 0
         if (last or due) and not leave:
-            with self.part(clock, "evaluate"):
+            with self.part(clock, "evaluate"), self.requests.breaking():
                 found = self.evaluate(phase.name, episode)
         numbers |= self.input.losses()
         # Before the save, so that a run that goes on from there finds this line. The seconds of the
@@ -236,7 +261,7 @@ class Trainer:
             batches = self.draw()
         with self.part(clock, "extract"):
             features, rows = self.extract(episode, batches)
-        with self.part(clock, "cluster"):
+        with self.part(clock, "cluster"), self.requests.breaking():
             clusters = self.cluster(episode, features, rows)
         with self.part(clock, "back-translate"):
             prototypes = self.back_translate(features[0], features[1], clusters)
@@ -322,6 +347,7 @@ class Trainer:
           The mean of every metric, and what is asked of the run after the last step.
         """
         if phase not in self.train_steps:
+            self.reporter.compiling(phase)
             self.train_steps[phase] = self.compiled(phase)
         train_step, asked = self.train_steps[phase], 0
         prototypes, labels = prepared or (None, None)
@@ -384,9 +410,14 @@ class Trainer:
             self.saved = self.done
         self.requests.saved()
 
+    def settled(self) -> bool:
+        """Whether the run could end now without losing a step."""
+        return self.done == self.saved and not self.checkpoints.saving()
+
     def leave(self) -> None:
         """Waits until all is saved, and leaves."""
         self.checkpoints.wait()
+        self.requests.left()
         raise Leaving(self.done)
 
     @contextlib.contextmanager
@@ -397,12 +428,10 @@ class Trainer:
             yield
 
     def close(self) -> None:
-        """Finishes what is being written."""
-        self.profile.close()
-        self.progress.close()
-        self.log.close()
-        self.mirror.close()
-        self.checkpoints.close()
+        """Finishes what is being written: all of it, also where one cannot be."""
+        with contextlib.ExitStack() as stack:
+            for one in (self.checkpoints, self.mirror, self.log, self.progress, self.profile):
+                stack.callback(one.close)
 
 
 def step_inputs(batch: dict[str, Any]) -> dict[str, np.ndarray]:

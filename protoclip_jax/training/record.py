@@ -13,6 +13,7 @@ from protoclip_jax.storage import objects
 from protoclip_jax.storage.atomic import write_json
 from protoclip_jax.storage.paths import AnyPath
 from protoclip_jax.training.checkpoint import differences
+from protoclip_jax.training.metric_file import read_metrics
 
 RECIPE_FILE = "recipe.json"
 IMAGE_CACHE = "image_cache"  # its form, in the JSON values of a checkpoint
@@ -58,15 +59,32 @@ def read(workdir: AnyPath) -> dict:
     Raises:
       ConfigError: there is none, or it is damaged.
     """
+    path = workdir / RECIPE_FILE
     try:
-        found = json.loads(objects.read_text(workdir / RECIPE_FILE))
+        found = json.loads(objects.read_text(path))
+        if not isinstance(found, dict) or not isinstance(found.get("recipe"), dict):
+            raise ValueError("no recipe in it")
+        return found
     except FileNotFoundError:
         raise ConfigError(f"{workdir} is no workdir of a run: it has no {RECIPE_FILE}") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{workdir / RECIPE_FILE} is damaged: {error}") from error
-    if not isinstance(found, dict) or not isinstance(found.get("recipe"), dict):
-        raise ConfigError(f"{workdir / RECIPE_FILE} is damaged: it holds no recipe")
-    return found
+    except (ValueError, RecursionError, IsADirectoryError, PermissionError) as error:
+        raise ConfigError(
+            f"{path} is damaged ({error}): remove it, and the run's own command writes it again"
+        ) from error
+
+
+def check(workdir: AnyPath) -> None:
+    """Refuses a workdir whose record or numbers are damaged; a fresh one has neither.
+
+    Raises:
+      ConfigError: names the file.
+    """
+    if objects.is_file(workdir / RECIPE_FILE):
+        read(workdir)
+    try:
+        read_metrics(workdir)
+    except (ValueError, IsADirectoryError, PermissionError) as error:
+        raise ConfigError(str(error)) from error
 
 
 def meta(config: Config) -> dict:

@@ -18,7 +18,7 @@ from protoclip_jax.episodes.kmeans import Clusters
 from protoclip_jax.storage.paths import AnyPath
 from protoclip_jax.training.compiled import peak_flops
 from protoclip_jax.training.logging import Meter, MetricLog
-from protoclip_jax.training.phases import Phase
+from protoclip_jax.training.phases import Phase, phase_of
 from protoclip_jax.training.progress import Progress
 from protoclip_jax.training.stopwatch import Stopwatch
 
@@ -141,6 +141,15 @@ class Reporter:
         first, *rest = source_lines(self._config, source, teacher)
         self._progress.say(first)
         self.lines(rest)
+
+    def compiling(self, phase: Phase) -> None:
+        """Tells that the step of a phase is compiled, and how many phases the run has."""
+        episodes = range(self._config.episode.count)
+        phases = list(dict.fromkeys(phase_of(self._config, episode) for episode in episodes))
+        self._progress.say(
+            f"  compiling the {phase.name} step, phase {phases.index(phase) + 1} of {len(phases)}: "
+            "minutes for a large model, seconds where it was compiled before"
+        )
 
     def lines(self, lines: Sequence[str]) -> None:
         """Tells what another room has to say."""

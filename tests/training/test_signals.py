@@ -1,0 +1,153 @@
+"""Signals at any moment of a process's life: documented codes, and nothing lost."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import random_signals
+
+from protoclip_jax import signals
+
+ROOT = Path(__file__).parents[2]
+MOMENTS = 8
+
+
+@pytest.fixture
+def compiled_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+
+
+@pytest.mark.slow
+def test_signals_from_the_first_second_to_the_last(tmp_path, compiled_once):
+    """To the whole group, as Ctrl-C in a terminal: workers start, programs compile, files close."""
+    pairs, chance = random_signals.written(tmp_path / "data"), random.Random(0)
+    whole = random_signals.Run(tmp_path / "whole", pairs, 6, count=1)
+    for seconds in (600, 120):  # the second time nothing is compiled, as in the runs below
+        whole.end()
+        begin = time.monotonic()
+        if seconds == 120:
+            whole = random_signals.Run(tmp_path / "again", pairs, 6, count=1)
+        whole.start()
+        assert whole.processes[0].wait(seconds) == 0, whole.tail()
+    lasts = time.monotonic() - begin
+    run = random_signals.Run(tmp_path / "run", pairs, 6, count=1)
+    moments = [lasts * (number + chance.random()) / MOMENTS for number in range(MOMENTS)]
+    chance.shuffle(moments)
+    codes = []
+    for moment in moments:
+        run.start()
+        process = run.processes[0]
+        time.sleep(0.3)  # Python itself starts
+        while process.poll() is None and time.monotonic() - run.began < moment:
+            time.sleep(0.005)
+        started = psutil.Process(process.pid).children() if process.poll() is None else []
+        if process.poll() is None:
+            os.killpg(process.pid, chance.choice(signals.NUMBERS))
+        codes.append(process.wait(90))
+        assert codes[-1] in (0, signals.LEFT, signals.INTERRUPTED), run.tail()
+        assert "Traceback" not in run.tail(), run.tail()
+        assert not psutil.wait_procs(started, timeout=10)[1], "a worker stays behind"
+    assert signals.LEFT in codes
+    if codes[-1]:
+        run.start()
+        assert run.processes[0].wait(300) == 0, run.tail()
+    assert not random_signals.differing(whole.state(), run.state())
+
+
+@pytest.mark.slow
+def test_two_processes_under_random_signals(tmp_path):
+    """The short form of `python tests/random_signals.py`."""
+    command = [sys.executable, str(ROOT / "tests" / "random_signals.py")]
+    options = ["--minutes=1.5", "--seed=1", "--episodes=8", f"--folder={tmp_path}"]
+    result = subprocess.run([*command, *options], capture_output=True, text=True, timeout=1200)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+PROGRAM = """
+import os, signal, sys, threading, time
+from protoclip_jax import signals
+signals.PATIENCE = signals.SHORT = 0.3
+signals.install()
+kind = sys.argv[1]
+me = lambda number: os.kill(os.getpid(), number)
+def stuck(number=None):  # as in the compiler: no handler of Python runs
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals.NUMBERS)
+    if number:
+        threading.Timer(0.1, me, [number]).start()
+    time.sleep(20)
+if kind == "early":
+    me(signal.SIGTERM)
+elif kind == "raised":
+    try:
+        with signals.raised():
+            me(signal.SIGTERM)
+    except signals.Stopped as error:
+        sys.exit(error.code)
+elif kind == "swallowed":
+    with signals.raised():
+        try:
+            me(signal.SIGINT)
+        except KeyboardInterrupt:
+            pass
+        time.sleep(20)
+elif kind == "stuck":
+    with signals.raised():
+        stuck(signal.SIGTERM)
+elif kind == "unsaved":
+    with signals.heard_by(lambda number: None, lambda: False):
+        threading.Timer(0.1, me, [signal.SIGTERM]).start()
+        end = time.monotonic() + 1.5
+        while time.monotonic() < end:
+            time.sleep(0.1)
+    sys.exit(3)
+elif kind == "over":
+    with signals.raised():
+        signals.over(2)
+    me(signal.SIGINT)
+    time.sleep(20)
+elif kind == "child":
+    with signals.blocked():
+        import subprocess
+        child = subprocess.Popen(
+            [sys.executable, "-c", "import time; time.sleep(1); print('whole')"])
+    child.send_signal(signal.SIGINT)
+    child.send_signal(signal.SIGTERM)
+    sys.exit(child.wait())
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "code"),
+    [
+        ("early", 75),
+        ("raised", 75),
+        ("swallowed", 130),
+        ("stuck", 75),
+        ("unsaved", 3),
+        ("over", 2),
+        ("child", 0),
+    ],
+)
+def test_codes_of_a_program(kind, code):
+    """Each takes a tenth of a second or two: only the standard library is imported."""
+    command = [sys.executable, "-c", PROGRAM, kind]
+    result = subprocess.run(command, cwd=ROOT, timeout=15, capture_output=True, text=True)
+    assert result.returncode == code, result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_nothing_is_installed_in_a_library():
+    before = [signal.getsignal(number) for number in signals.NUMBERS]
+    heard = []
+    with signals.heard_by(heard.append):
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+    assert heard == [signal.SIGTERM, signal.SIGINT]
+    assert [signal.getsignal(number) for number in signals.NUMBERS] == before
