@@ -423,22 +423,22 @@ def listen_to_the_workdir(run: Rehearsal, patched: pytest.MonkeyPatch) -> None:
         close = wait
 
     class Events:
-        def __init__(self, folder, purge_step):
+        def __init__(self, folder, step, say):
             run.hear("tensorboard", Path(folder).name)
 
-        def add_scalar(self, *_):
+        def write(self, *_):
             pass
 
-        flush = close = add_scalar
+        flush = close = write
 
     def start_wandb(config, folder, name):
         run.hear("wandb.run", name)
         run.hear("wandb.project", config.log.wandb_project)
         return types.SimpleNamespace(log=lambda *_, **__: None, finish=lambda: None)
 
-    def requests(minutes, mesh):
+    def requests(minutes, *rest):
         run.hear("requests.minutes", minutes)
-        return requests_of(minutes, mesh)
+        return requests_of(minutes, *rest)
 
     def progress(total, enabled):
         run.hear("progress.total", total)
@@ -449,7 +449,7 @@ def listen_to_the_workdir(run: Rehearsal, patched: pytest.MonkeyPatch) -> None:
     patched.setattr(loop, "Checkpoints", Checkpoints)
     patched.setattr(loop, "Requests", requests)
     patched.setattr(loop, "Progress", progress)
-    patched.setattr(logging, "SummaryWriter", Events)
+    patched.setattr(logging, "Events", Events)
     patched.setattr(logging, "_start_wandb", start_wandb)
 
 

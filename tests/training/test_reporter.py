@@ -1,5 +1,6 @@
 """What a stranger reads in the log when something is wrong."""
 
+import functools
 import math
 from pathlib import Path
 
@@ -51,11 +52,14 @@ def told():
     return Told()
 
 
+on_device = functools.cache(jnp.float32)  # thousands of arrays of few values
+
+
 def report(told, rows: list[dict], **settings) -> Told:
     config = small_config("pairs.tsv", **({"optimizer__batch": 16} | settings))
     reporter, recent = Reporter(config, 100, told, told), Meter()
     for row in rows:
-        recent.add({name: np.float32(value) for name, value in row.items()})
+        recent.add({name: on_device(value) for name, value in row.items()})
     reporter.steps(len(rows), 0, phase_of(config, 0), recent, Meter(), flops=1e9)
     return told
 
