@@ -35,7 +35,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 from absl import app, flags
 
 from protoclip_jax import idle_options, machine_faults
-from protoclip_jax.config import ConfigError
+from protoclip_jax.config import Config, ConfigError
 from protoclip_jax.recipe import OVERRIDE, configured, option_types
 from protoclip_jax.storage.home import at_home
 from protoclip_jax.storage.screen import show_any_text
@@ -76,7 +76,7 @@ def _run(argv: Sequence) -> int:
     try:
         if _CONFIG.value is None:
             raise ConfigError("--config=RECIPE is missing: --config=configs/quickstart.py")
-        configured(_CONFIG.value, overrides, num_devices=None)
+        config = configured(_CONFIG.value, overrides, num_devices=None)
         if too_few := machine_faults.raise_open_files():
             raise ConfigError(too_few)
         if _WORKDIR.value is None and not _DRY_RUN.value:
@@ -90,11 +90,11 @@ def _run(argv: Sequence) -> int:
                 "JAX_ENABLE_X64 is set: training is in float32 or bfloat16 (model.dtype), and "
                 "would be another run. Unset it"
             )
+        if _over(config, workdir):
+            return 0
         from protoclip_jax import distributed
 
-        distributed.join(
-            _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, search=_DISTRIBUTED.value
-        )
+        distributed.join(*_members(), search=_DISTRIBUTED.value)
         from protoclip_jax import compilation_cache
         from protoclip_jax.training import agreement, dry_run, loop, messages
 
@@ -128,6 +128,22 @@ def _run(argv: Sequence) -> int:
             distributed.fail(error, code)
         return code
     return 0
+
+
+def _members() -> tuple[str | None, int | None, int | None]:
+    return _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
+
+
+def _over(config: Config, workdir) -> bool:
+    """Whether a run of several processes is over: then nobody else may come; says so."""
+    from protoclip_jax.distributed import cluster
+    from protoclip_jax.training import finished
+
+    several = cluster.find(*_members(), search=_DISTRIBUTED.value)[0] is not None
+    if workdir is None or not several or not finished.is_marked(workdir, config):
+        return False
+    print(f"{workdir} is finished: {config.total_steps} steps.", file=sys.stderr)
+    return True
 
 
 def _check_platform() -> None:

@@ -23,7 +23,7 @@ from protoclip_jax.storage import objects
 from protoclip_jax.storage.mirror import Mirror
 from protoclip_jax.storage.paths import AnyPath, workdir_at
 from protoclip_jax.storage.retries import Unreachable
-from protoclip_jax.training import agreement, messages, record, state, step
+from protoclip_jax.training import agreement, finished, messages, record, state, step
 from protoclip_jax.training.checkpoint import Checkpoints
 from protoclip_jax.training.compiled import CompiledStep
 from protoclip_jax.training.evaluator import Evaluator
@@ -209,6 +209,7 @@ class Trainer:
             if any(exchange(self.requests.heard)):
                 self.leave()
             self.evaluate(phase_of(config, config.episode.count - 1).name, config.episode.count - 1)
+        finished.mark(self.workdir, config)
         self.progress.close()
         if jax.process_index() == 0:
             self.reporter.result(self.workdir, self.evaluator.table(self.mirror.local))

@@ -106,6 +106,13 @@ def cache_form(stored: dict) -> str:
     return stored.get(IMAGE_CACHE) or stored["recipe"]["data.keep"]
 
 
+def changes(stored: dict, wanted: dict) -> list[str]:
+    """Options of a flat recipe that make another run of it, a line each with both values."""
+    # Left to us, the form of the image cache is the one that the run began with.
+    harmless = HARMLESS + (("data.keep:",) if wanted["data.keep"] == AUTO else ())
+    return [line for line in differences(stored, wanted) if not line.startswith(harmless)]
+
+
 def check_resumable(workdir: AnyPath, stored: dict, wanted: dict) -> None:
     """Refuses to go on with another recipe, source or teacher than the checkpoint's.
 
@@ -122,13 +129,7 @@ def check_resumable(workdir: AnyPath, stored: dict, wanted: dict) -> None:
     Raises:
       ConfigError: lists every difference that changes the run.
     """
-    # Left to us, the form of the image cache is the one that the run began with.
-    harmless = HARMLESS + (("data.keep:",) if wanted["recipe"]["data.keep"] == AUTO else ())
-    lines = [
-        line
-        for line in differences(stored["recipe"], wanted["recipe"])
-        if not line.startswith(harmless)
-    ]
+    lines = changes(stored["recipe"], wanted["recipe"])
     own = ("recipe", IMAGE_CACHE)
     lines += differences(
         {name: value for name, value in stored.items() if name not in own},
