@@ -138,6 +138,7 @@ def pairs_of(tar: str) -> list[tuple[bytes, str]]:
 
 
 def test_names_with_dots_are_names_up_to_the_ending(tmp_path):
+    """WDS-01."""
     shots = {f"shot_{shot}m": n for n, shot in enumerate(("1.5", "1.8", "2.0"))}
     members = {f"{name}.jpg": picture(n) for name, n in shots.items()}
     texts = {f"{name}.txt": name for name in shots}
@@ -192,6 +193,7 @@ def of_kind(name: str, kind: bytes) -> tarfile.TarInfo:
 
 
 def test_a_name_that_comes_again_counts_from_its_last_member(tmp_path):
+    """WDS-03."""
     members = [("a.jpg", picture(1)), ("a.txt", "old"), ("b.jpg", picture(2)), ("b.txt", "b")]
     members += [
         ("./a.jpg", picture(3)),
@@ -238,6 +240,7 @@ def test_what_is_no_plain_file_is_counted_and_passed_over(tmp_path):
 
 
 def test_names_that_are_no_utf8_are_shown_escaped(tmp_path):
+    """WDS-05."""
     latin = b"caf\xe9\x1b[31m.jpg".decode(errors="surrogateescape")
     members = [(latin, picture(1)), (f"{latin}.jpg", b"no image"), (f"{latin}.txt", "a")]
     source = open_source(write_members(tmp_path / "a.tar", members))
@@ -474,7 +477,7 @@ def test_an_index_belongs_to_its_tars_alone(tmp_path, monkeypatch):
 
 
 def test_hosts_with_equal_process_ids_make_one_index(tmp_path, monkeypatch):
-    """Just before one gives its file the name, another does all of that from first to last."""
+    """WDS-10: Just before one gives its file the name, another does all of that from first to last."""
     folder, replace = write_shards(tmp_path, 1, 3), os.replace
     waiting, others = [1, 2], []
 
@@ -499,6 +502,7 @@ def no_home() -> Path:
 
 @pytest.mark.parametrize("why", ["nothing can be written", "the disks are full"])
 def test_without_a_home_and_a_place_to_write_the_index_is_in_memory(tmp_path, monkeypatch, why):
+    """RUN-04."""
     folder = write_shards(tmp_path / "s", 1, 3)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", no_home)

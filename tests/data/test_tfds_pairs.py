@@ -274,6 +274,7 @@ SPOILED = {
 
 @pytest.mark.parametrize("what", SPOILED)
 def test_a_spoiled_set_is_refused_at_the_start_by_name(tiny, tmp_path, monkeypatch, what):
+    """TFDS-01."""
     spoil, message = SPOILED[what]
     folder = tmp_path / "1.0.0"
     shutil.copytree(tiny, folder)

@@ -154,6 +154,7 @@ def test_compressed_lists_whatever_their_name(tmp_path, module):
 
 
 def test_a_first_row_without_a_link_is_a_row(tmp_path):
+    """LIST-02."""
     good = [f"caption {i}\t{URL.format(i)}" for i in range(5)]
     for first in ("a red bus\thttps://h.example/a b.jpg", "a red bus by the sea\t", "\tx y z"):
         layout, rows, dropped = read(written(tmp_path, [first, *good]))
@@ -166,6 +167,7 @@ def test_a_first_row_without_a_link_is_a_row(tmp_path):
 
 
 def test_separators_within_captions(tmp_path):
+    """LIST-02."""
     url = URL.format(1)
     cc12m = [f"{url}\tfirst", f"{url}\ta dog\tin the park", f"{url}\tx\t\ty"]
     assert [r.caption for r in read(written(tmp_path, cc12m))[1]] == [
