@@ -477,7 +477,7 @@ def test_an_index_belongs_to_its_tars_alone(tmp_path, monkeypatch):
 
 
 def test_hosts_with_equal_process_ids_make_one_index(tmp_path, monkeypatch):
-    """WDS-10: Just before one gives its file the name, another does all of that from first to last."""
+    """WDS-10: just before one names its file, another does all of that from first to last."""
     folder, replace = write_shards(tmp_path, 1, 3), os.replace
     waiting, others = [1, 2], []
 
