@@ -47,7 +47,7 @@ def test_every_command_shows_any_text(strict, monkeypatch):
 
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
 def test_prepare_with_names_that_cannot_be_written(tmp_path, strict, encoding):
-    """RUN-14, WDS-05: folders with an umlaut and with a byte that is no UTF-8; names in files too."""
+    """RUN-14, WDS-05: folders with an umlaut and with a byte that is no UTF-8."""
     for folder in ("pärs", os.fsdecode(b"b\xe9d")):
         path = write_list(tmp_path / folder, 4, {2: "missing"})
         out, numbers = strict(encoding), tmp_path / folder / "stats.json"

@@ -24,6 +24,18 @@ def compiled_once(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
 
 
+def await_python(process: int) -> None:
+    """Waits until a process hears signals: before its first line, its codes are the system's."""
+    heard = 1 << (signal.SIGTERM - 1)
+    for _ in range(3000):
+        status = Path(f"/proc/{process}/status").read_text().splitlines()
+        caught = next(line.split()[1] for line in status if line.startswith("SigCgt"))
+        if int(caught, 16) & heard:
+            return
+        time.sleep(0.01)
+    raise AssertionError("the process never heard signals")
+
+
 @pytest.mark.slow
 def test_signals_from_the_first_second_to_the_last(tmp_path, compiled_once):
     """To the whole group, as Ctrl-C in a terminal: workers start, programs compile, files close."""
@@ -44,7 +56,7 @@ def test_signals_from_the_first_second_to_the_last(tmp_path, compiled_once):
     for moment in moments:
         run.start()
         process = run.processes[0]
-        time.sleep(0.3)  # Python itself starts
+        await_python(process.pid)
         while process.poll() is None and time.monotonic() - run.began < moment:
             time.sleep(0.005)
         started = psutil.Process(process.pid).children() if process.poll() is None else []
