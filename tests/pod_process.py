@@ -45,8 +45,8 @@ def main(out: Path) -> None:
 
     from protoclip_jax.distributed import Rows
     from protoclip_jax.models import presets
+    from protoclip_jax.training import clustering, loop, state
     from protoclip_jax.training import input as inputs
-    from protoclip_jax.training import loop, state
 
     flags.FLAGS.mark_as_parsed()
     presets.PRESETS.update(MODELS)
@@ -127,18 +127,19 @@ def main(out: Path) -> None:
         log__tensorboard=False,
     )
     recorded: dict[str, np.ndarray] = {}
-    translate, close = loop.Trainer.back_translate, loop.Trainer.close
+    cluster, close = clustering.Clustering.clusters, loop.Trainer.close
 
-    def translated(self, image, text, clusters, *rest):
+    def clustered(self, episode, features, rows):
+        clusters = cluster(self, episode, features, rows)
         recorded.update({name: np.asarray(found.labels) for name, found in clusters.items()})
-        return translate(self, image, text, clusters, *rest)
+        return clusters
 
     def closed(self):
         leaves = jax.tree_util.tree_leaves_with_path(self.state)
         recorded.update({jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves})
         close(self)
 
-    loop.Trainer.back_translate, loop.Trainer.close = translated, closed
+    clustering.Clustering.clusters, loop.Trainer.close = clustered, closed
     for name, owners in orders().items():
         recorded.clear()
         InputOfHosts.owners = tuple(owners)

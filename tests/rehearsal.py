@@ -22,6 +22,7 @@ from protoclip_jax.data import augmentation, image_cache, pipeline, sources, tea
 from protoclip_jax.episodes.kmeans import Clusters
 from protoclip_jax.models import clip, presets, sharding
 from protoclip_jax.training import (
+    clustering,
     compiled,
     evaluator,
     gradients,
@@ -400,8 +401,8 @@ def listen_to_the_clusters(run: Rehearsal, patched: pytest.MonkeyPatch) -> None:
     made = loop.EpisodeFeatures
     run.trainer_width = 1
     patched.setattr(loop, "EpisodeFeatures", features_of)
-    patched.setattr(loop, "kmeans", kmeans)
-    patched.setattr(loop, "build_prototypes", build_prototypes)
+    patched.setattr(clustering, "kmeans", kmeans)
+    patched.setattr(clustering, "build_prototypes", build_prototypes)
 
 
 def listen_to_the_workdir(run: Rehearsal, patched: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,7 @@ def main() -> None:
         import jax
 
         from protoclip_jax.evaluation import suite
-        from protoclip_jax.training import agreement, loop, state
+        from protoclip_jax.training import agreement, clustering, loop, state
         from protoclip_jax.training.checkpoint import Checkpoints
 
         if order := os.environ.get("TINY_ORDER"):
@@ -54,17 +54,18 @@ def main() -> None:
 
             state.arranged = in_order
         agreement.MARK_SECONDS = 5.0
-        translate, close = loop.Trainer.back_translate, loop.Trainer.close
+        cluster, close = clustering.Clustering.clusters, loop.Trainer.close
 
-        def recorded(self, image, text, clusters):
+        def recorded(self, episode, features, rows):
+            clusters = cluster(self, episode, features, rows)
             if jax.process_index() == 0:
-                arrays = {"image": image, "text": text}
+                # Each process has a copy; to cut JAX's array would take them all.
+                arrays = dict(zip(("image", "text"), np.asarray(features), strict=True))
                 for name, found in clusters.items():
                     arrays |= {f"{name}_labels": found.labels, f"{name}_counts": found.counts}
                     arrays[f"{name}_centroids"] = found.centroids
-                episode = self.done // self.config.steps_per_episode
                 np.savez(OUT / f"labels-{episode}.npz", **arrays)
-            return translate(self, image, text, clusters)
+            return clusters
 
         def whole(trainer, tree):
             """Host arrays, of parts that lie on several hosts too: all processes call it."""
@@ -90,7 +91,7 @@ def main() -> None:
             return measure(features, *arguments)
 
         suite.measure = kept
-        loop.Trainer.back_translate, loop.Trainer.close = recorded, closed
+        clustering.Clustering.clusters, loop.Trainer.close = recorded, closed
         train_episode = loop.Trainer.train_episode
 
         def noted(self):

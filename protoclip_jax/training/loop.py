@@ -4,7 +4,6 @@ An episode is the paper's five steps: draw, extract, cluster, back-translate, tr
 """
 
 import contextlib
-import functools
 import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -17,14 +16,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 from protoclip_jax.config import Config, ConfigError
 from protoclip_jax.distributed import broadcast, exchange
 from protoclip_jax.episodes.extraction import EpisodeFeatures, make_extract_step
-from protoclip_jax.episodes.kmeans import Clusters, kmeans
-from protoclip_jax.episodes.prototypes import build_prototypes
 from protoclip_jax.storage import objects
 from protoclip_jax.storage.mirror import Mirror
 from protoclip_jax.storage.paths import AnyPath, workdir_at
 from protoclip_jax.storage.retries import Unreachable
 from protoclip_jax.training import agreement, finished, messages, record, state, step
 from protoclip_jax.training.checkpoint import Checkpoints
+from protoclip_jax.training.clustering import Clustering
 from protoclip_jax.training.compiled import CompiledStep
 from protoclip_jax.training.evaluator import Evaluator
 from protoclip_jax.training.input import Input
@@ -128,6 +126,7 @@ class Trainer:
         self.evaluator = Evaluator(config, self.model, self.graphdef, self.mesh)
         self.reporter.lines(cache.lines())
         self.requests = Requests(config.checkpoint.minutes, self.mesh, self.settled)
+        self.clustering = Clustering(config, self.mesh, self.input.teacher)
         self.train_steps: dict[Phase, CompiledStep] = {}
         self.clock = Stopwatch()
         by_row = NamedSharding(self.mesh, PartitionSpec(state.BATCH_AXES))
@@ -263,10 +262,10 @@ class Trainer:
         with self.part(clock, "extract"):
             features, rows = self.extract(episode, batches)
         with self.part(clock, "cluster"), self.requests.breaking():
-            clusters = self.cluster(episode, features, rows)
+            clusters = self.clustering.clusters(episode, features, rows)
         with self.part(clock, "back-translate"):
-            prototypes = self.back_translate(features[0], features[1], clusters)
-        prepared = prototypes, self.labels(clusters, rows)
+            prototypes = self.clustering.prototypes(features[0], features[1], clusters)
+        prepared = prototypes, self.clustering.labels(clusters, rows)
         numbers = cluster_numbers(clusters)
         self.reporter.prototypes(numbers, self.batches.roomless)
         return prepared, numbers
@@ -295,49 +294,6 @@ class Trainer:
                 self.leave()
         rows_n = self.input.all_rows(positions, rows, count)
         return jax.block_until_ready(features.whole()), rows_n
-
-    def cluster(self, episode: int, features, rows: np.ndarray) -> dict[str, Clusters]:
-        """k-means in each modality, and of the teacher's rows."""
-        settings = self.config.episode
-        run = functools.partial(
-            kmeans,
-            seed=self.config.seed + episode,
-            iterations=settings.iterations,
-            redos=settings.redos,
-            seeding=settings.seeding,
-            empty=settings.empty,
-            spherical=settings.spherical,
-            mesh=self.mesh,
-        )
-        both = run(features, settings.prototypes)
-        clusters = {
-            name: Clusters(*(field[index] for field in both))
-            for index, name in enumerate(("image", "text"))
-        }
-        if self.input.teacher is not None:
-            teacher = self.input.teacher.rows(rows)
-            clusters["external"] = run(teacher, self.config.external_prototypes)
-        return jax.block_until_ready(clusters)
-
-    def back_translate(self, image, text, clusters: dict[str, Clusters]) -> dict:
-        """Prototypes in each student's own space."""
-        external = clusters.get("external")
-        prototypes = build_prototypes(
-            image,
-            text,
-            clusters["image"],
-            clusters["text"],
-            None if external is None else external.labels,
-            self.config.external_prototypes,
-        )
-        if external is not None and self.config.episode.online is not None:
-            prototypes["external"]["centroids"] = external.centroids
-        return jax.block_until_ready(jax.device_put(prototypes, self.replicated))
-
-    def labels(self, clusters: dict[str, Clusters], rows: np.ndarray) -> EpisodeLabels:
-        """The labels of the rows that were extracted."""
-        labels = {name: np.asarray(found.labels) for name, found in clusters.items()}
-        return EpisodeLabels(labels, rows, self.config.episode.size)
 
     def train(
         self, episode: int, phase: Phase, prepared: Prepared | None

@@ -25,7 +25,7 @@ from protoclip_jax.data import pipeline
 from protoclip_jax.episodes.kmeans import Clusters
 from protoclip_jax.evaluation import suite
 from protoclip_jax.models import presets
-from protoclip_jax.training import evaluator, loop
+from protoclip_jax.training import clustering, evaluator, loop
 
 # Every option is another than the default where it can be, so that a dropped one shows.
 OFFLINE = {
@@ -110,7 +110,7 @@ def write_input(folder: Path) -> tuple[Path, Path]:
 
 def record(patched: pytest.MonkeyPatch, recorded: Recorded) -> None:
     """Listens to what the rooms hand to each other."""
-    following, cluster, measure = pipeline.Batches.__next__, loop.kmeans, suite.measure
+    following, cluster, measure = pipeline.Batches.__next__, clustering.kmeans, suite.measure
 
     def next_batch(self):
         recorded.batches.append(following(self))
@@ -127,7 +127,7 @@ def record(patched: pytest.MonkeyPatch, recorded: Recorded) -> None:
         return measure(features, *rest)
 
     patched.setattr(pipeline.Batches, "__next__", next_batch)
-    patched.setattr(loop, "kmeans", clustered)
+    patched.setattr(clustering, "kmeans", clustered)
     patched.setattr(suite, "measure", measured)
     patched.setattr(evaluator, "EmojiText", SPLITS.__getitem__)
 
