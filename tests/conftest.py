@@ -9,9 +9,10 @@ if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
 
-# Compiling is most of the fast suite's time: it runs programs as they are, the slow one optimised
-# ones as users do. Child processes inherit it, so that their bits are those of this process.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "0" if "--slow" in sys.argv else "1")
+# Compiling is most of the tests' time: they run programs as they are, but for the core tests on the
+# newest versions (`launch/test.sh --core`), whose programs are optimised as those of users. Child
+# processes inherit it, so that their bits are those of this process.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "0" if "core" in sys.argv else "1")
 
 # Tests compile the same programs again and again, in several processes: all find them here.
 os.environ.setdefault(
