@@ -244,7 +244,9 @@ def test_colours_are_the_same_on_eight_devices():
     apply = jax.jit(lambda x, p: colour(x, sample_keys(5, 1, 0, p), LIGHT))
     alone = apply(images, positions)
     spread = apply(jax.device_put(images, by_row), jax.device_put(positions, by_row))
-    np.testing.assert_allclose(spread, alone, atol=1e-6)
+    # A dozen float32 operations on numbers up to 1, compiled for another number of rows: a
+    # thousandth of an 8-bit level.
+    np.testing.assert_allclose(spread, alone, atol=4e-6)
     assert spread.sharding.is_equivalent_to(by_row, 4)
 
 
