@@ -11,6 +11,7 @@ from protoclip_jax.benchmark.__main__ import main
 OPTIONS = SMALL | {"optimizer.batch": "16", "data.teacher": "none", "objective.external": "0"}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny_models")
 def test_prints_rates_and_the_share_of_waiting(capsys):
     overrides = [f"--config.{name}={value}" for name, value in OPTIONS.items()]

@@ -32,7 +32,7 @@ def objective(points, result, weights=1.0):
     return np.sum(weights * np.sum((points.astype(np.float64) - centroids) ** 2, axis=1))
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_same_bits_on_1_2_and_8_devices(precision):
     points = POINTS[:2496]
     settings = {"seed": 4, "iterations": 6, "active": True, "precision": precision}
@@ -87,7 +87,10 @@ def test_stops_when_nothing_changes():
 
 
 @pytest.mark.accelerator
-@pytest.mark.parametrize(("k", "options"), [(100, {}), (600, {}), (600, {"spherical": True})])
+@pytest.mark.parametrize(
+    ("k", "options"),
+    [(100, {}), pytest.param(600, {}, marks=pytest.mark.slow), (600, {"spherical": True})],
+)
 def test_bfloat16_gives_the_bits_of_float32(k, options):
     results = [kmeans(POINTS, k, seed=2, precision=p, **options) for p in ("float32", "bfloat16")]
     same(*results)

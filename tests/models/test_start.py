@@ -15,7 +15,7 @@ from protoclip_jax.models.start import Draws, normal, uniform
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("name", ["RN50", "ViT-B-32"])
+@pytest.mark.parametrize("name", ["RN50", pytest.param("ViT-B-32", marks=pytest.mark.slow)])
 def test_distributions_of_the_reference(name):
     """Same mean, deviation and shape (uniform or normal) of every parameter.
 
