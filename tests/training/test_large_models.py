@@ -14,8 +14,18 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("devices", [8, 64])
-@pytest.mark.parametrize("name", ["ViT-L-14", "ViT-H-14", "ViT-g-14"])
+@pytest.mark.parametrize(
+    ("name", "devices"),
+    [
+        ("ViT-L-14", 8),
+        ("ViT-L-14", 64),
+        *(
+            pytest.param(name, devices, marks=pytest.mark.long)
+            for name in ("ViT-H-14", "ViT-g-14")
+            for devices in (8, 64)
+        ),
+    ],
+)
 def test_large_model_is_cut_over_the_devices(name, devices):
     command = [sys.executable, str(ROOT / "tests" / "large_model.py"), name, str(devices)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=3000, cwd=ROOT)
