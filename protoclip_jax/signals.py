@@ -13,6 +13,7 @@ A main thread that is deep in the compiler, or waits for a lost machine, does no
 handlers. A second thread is told of every signal, and ends the process when nothing happens.
 """
 
+import atexit
 import contextlib
 import os
 import select
@@ -91,6 +92,9 @@ def install() -> None:
         signal.signal(number, _handle)
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     threading.Thread(target=_watch, args=(read,), name="signals", daemon=True).start()
+    # Registered first, so it runs last: Python gives its own handlers back to the system before it
+    # ends, and a signal in that moment would take the place of the exit code.
+    atexit.register(_deaf)
 
 
 def _handle(number: int, frame) -> None:
@@ -154,10 +158,14 @@ def blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
 
 
-def ignore() -> None:
-    """In a worker process: the process that started it decides what a signal means."""
+def _deaf() -> None:
     for number in NUMBERS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def ignore() -> None:
+    """In a worker process: the process that started it decides what a signal means."""
+    _deaf()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, NUMBERS)
 
 

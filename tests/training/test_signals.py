@@ -124,6 +124,13 @@ elif kind == "over":
         signals.over(2)
     me(signal.SIGINT)
     time.sleep(20)
+elif kind == "late":
+    class Late:
+        def __del__(self):  # when the interpreter goes
+            me(signal.SIGINT)
+    import builtins
+    builtins.late = Late()
+    sys.exit(4)
 elif kind == "child":
     with signals.blocked():
         import subprocess
@@ -144,6 +151,7 @@ elif kind == "child":
         ("stuck", 75),
         ("unsaved", 3),
         ("over", 2),
+        ("late", 4),
         ("child", 0),
     ],
 )
