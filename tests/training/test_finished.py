@@ -1,14 +1,19 @@
 """A run of several processes that is over is not waited for again."""
 
 import json
+from pathlib import Path
 
 import pytest
 from absl import flags
 from absl.testing import flagsaver
 from tiny_run import small_config
 
-from protoclip_jax import main
+from protoclip_jax import distributed, main
+from protoclip_jax.config import ConfigError
+from protoclip_jax.recipe import configured
 from protoclip_jax.training import finished
+
+QUICKSTART = str(Path(__file__).parents[2] / "configs" / "quickstart.py")
 
 
 @pytest.fixture
@@ -50,3 +55,23 @@ def test_process_that_comes_back_alone_does_not_wait(over, tmp_path, capsys):
     finished.mark(tmp_path, over)
     assert flags.FLAGS.num_processes is None
     assert not main._over(over, tmp_path)  # one process looks at the run, and shows its table
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_command_asks_before_it_joins(tmp_path, monkeypatch, marked):
+    joined = []
+
+    def join(*members, search):
+        joined.append(members)
+        raise ConfigError("nobody comes")
+
+    monkeypatch.setattr(distributed, "join", join)
+    config = configured(QUICKSTART, [], num_devices=None)
+    if marked:
+        finished.mark(tmp_path, config)
+    (tmp_path / "checkpoints" / str(config.total_steps)).mkdir(parents=True)
+    given = {"config": QUICKSTART, "workdir": str(tmp_path)}
+    several = {"coordinator": "127.0.0.1:1", "num_processes": 2, "process_id": 1}
+    with flagsaver.flagsaver(**given, **several):
+        code = main._run(["main", []])
+    assert (code, joined) == ((0, []) if marked else (2, [("127.0.0.1:1", 2, 1)]))

@@ -14,7 +14,7 @@ from tiny_run import (
 
 import protoclip_jax
 from protoclip_jax.config import ConfigError
-from protoclip_jax.training import loop
+from protoclip_jax.training import finished, loop
 from protoclip_jax.training.checkpoint import Checkpoints
 
 pytestmark = [pytest.mark.usefixtures("tiny_models")]
@@ -58,6 +58,7 @@ def test_run_goes_through_the_three_phases_and_can_be_loaded(pairs, tmp_path, ca
         "locked",
     ]
     assert lines[-1]["step"] == 9 == config.total_steps
+    assert finished.is_marked(workdir, config)
     prototype = next(line for line in lines if line["phase"] == "prototype")
     warmup = next(line for line in lines if line["phase"] == "warmup")
     assert {"train/loss/prototype", "train/loss/external"} <= prototype.keys()
