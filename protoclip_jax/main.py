@@ -90,11 +90,15 @@ def _run(argv: Sequence) -> int:
                 "JAX_ENABLE_X64 is set: training is in float32 or bfloat16 (model.dtype), and "
                 "would be another run. Unset it"
             )
-        if _over(config, workdir):
-            return 0
         from protoclip_jax import distributed
 
-        distributed.join(*_members(), search=_DISTRIBUTED.value)
+        distributed.join(
+            _COORDINATOR.value,
+            _NUM_PROCESSES.value,
+            _PROCESS_ID.value,
+            search=_DISTRIBUTED.value,
+            over=lambda: _over(config, workdir),
+        )
         from protoclip_jax import compilation_cache
         from protoclip_jax.training import agreement, dry_run, loop, messages
 
@@ -130,20 +134,13 @@ def _run(argv: Sequence) -> int:
     return 0
 
 
-def _members() -> tuple[str | None, int | None, int | None]:
-    return _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
-
-
-def _over(config: Config, workdir) -> bool:
-    """Whether a run of several processes is over: then nobody else may come; says so."""
-    from protoclip_jax.distributed import cluster
+def _over(config: Config, workdir) -> str | None:
+    """Says so where the run is over: the other processes have ended."""
     from protoclip_jax.training import finished
 
-    several = cluster.find(*_members(), search=_DISTRIBUTED.value)[0] is not None
-    if workdir is None or not several or not finished.is_marked(workdir, config):
-        return False
-    print(f"{workdir} is finished: {config.total_steps} steps.", file=sys.stderr)
-    return True
+    if workdir is None or not finished.is_marked(workdir, config):
+        return None
+    return f"{workdir} is finished: {config.total_steps} steps. The other processes have ended"
 
 
 def _check_platform() -> None:

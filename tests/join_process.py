@@ -2,7 +2,8 @@
 
   python tests/join_process.py WHAT [coordinator count index]
 
-WHAT: talk prints what was heard as JSON; wait sleeps until the watch ends it; fail-N fails with N.
+WHAT: talk prints what was heard as JSON; wait sleeps until the watch ends it; fail-N fails with N;
+lone waits 2 s for the others, lone-WORD does so in a run that is over.
 """
 
 import json
@@ -19,7 +20,11 @@ def main(what: str, *flags: str) -> None:
     from protoclip_jax import distributed
 
     place = (flags[0], int(flags[1]), int(flags[2])) if flags else (None, None, None)
-    several = distributed.join(*place)
+    if what.startswith("lone"):
+        from protoclip_jax.distributed import joining
+
+        joining.JOIN_SECONDS = 2
+    several = distributed.join(*place, over=lambda: what.partition("-")[2] or None)
     import jax
 
     index = jax.process_index()

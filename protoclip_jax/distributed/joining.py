@@ -5,6 +5,7 @@ import dataclasses
 import os
 import sys
 import threading
+from collections.abc import Callable
 
 import jax
 
@@ -20,7 +21,12 @@ _watch: Watch | None = None
 
 
 def join(
-    coordinator: str | None, count: int | None, index: int | None, *, search: bool = False
+    coordinator: str | None,
+    count: int | None,
+    index: int | None,
+    *,
+    search: bool = False,
+    over: Callable[[], str | None] = lambda: None,
 ) -> bool:
     """Joins the processes of a run, from flags or the environment; call it before any JAX.
 
@@ -29,6 +35,9 @@ def join(
         count: Processes of the run; 1 by itself runs alone.
         index: This process's number.
         search: Look for the hosts of a Cloud TPU slice where the environment names none.
+        over: Asked where the others do not come: words that the run is over, in which case this
+            process ends with 0, or None. A scheduler may start one process again that died after
+            the others had ended; it would come back without end.
 
     Returns:
         Whether there are several processes.
@@ -44,7 +53,7 @@ def join(
         return False
     member = _located(member)
     relay = None if member.index == 0 else Relay(member.coordinator)
-    _connect(member, relay)
+    _connect(member, relay, over)
     hosts = _hosts(member.count, member.index)
     _watch = Watch(talk.client(), member.index, hosts, relay)
     atexit.register(_watch.close)
@@ -66,7 +75,7 @@ def _located(member: cluster.Member) -> cluster.Member:
     return dataclasses.replace(member, coordinator=address, count=count, index=index)
 
 
-def _connect(member: cluster.Member, relay: Relay | None) -> None:
+def _connect(member: cluster.Member, relay: Relay | None, over: Callable[[], str | None]) -> None:
     """Starts JAX's coordination; says what is waited for, and gives up in a line."""
     rest = member.count - 1
     others = "the other process" if rest == 1 else f"the other {rest} processes"
@@ -79,11 +88,11 @@ def _connect(member: cluster.Member, relay: Relay | None) -> None:
         )
 
     if relay is not None and not wait_for(relay, JOIN_SECONDS, waiting):
-        _give_up(member, others)
+        _give_up(member, others, over)
     # Ours is the only handler of SIGTERM.
     jax.config.update("jax_enable_preemption_service", False)
     _reach_relay_without_proxy()
-    with _Patience(JOIN_SECONDS, waiting, lambda: _give_up(member, others)):
+    with _Patience(JOIN_SECONDS, waiting, lambda: _give_up(member, others, over)):
         jax.distributed.initialize(
             relay.address if relay else member.coordinator,
             member.count,
@@ -125,7 +134,10 @@ class _Patience:
         self._over.set()
 
 
-def _give_up(member: cluster.Member, others: str) -> None:
+def _give_up(member: cluster.Member, others: str, over: Callable[[], str | None]) -> None:
+    if text := over():
+        _say(text)
+        os._exit(0)
     _say(
         f"{others} did not come to {member.coordinator} within {JOIN_SECONDS} s. Start the same "
         "command on all of them, or --num_processes=1 to run alone"

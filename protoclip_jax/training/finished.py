@@ -1,8 +1,8 @@
-"""A mark in the workdir that a run is over, read before its processes look for one another.
+"""A mark in the workdir that a run is over, read by a process for which no other one comes.
 
 A scheduler may start one process of a finished run again, when that process died after the others
-had ended. It would wait for them in vain, leave with "another process was lost", and be started
-again, without end.
+had ended. It would wait for them in vain, leave with "another process did not come", and be started
+again, without end. Where all come, nobody asks for the mark: they look at the checkpoints.
 """
 
 import json

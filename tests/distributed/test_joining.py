@@ -125,3 +125,18 @@ def test_failure_is_told_to_all_with_its_code(start):
     assert (first.returncode, second.wait(60)) == (2, 2)
     assert "process 1 on" in err
     assert "ValueError: no way; this process ends too" in err
+
+
+def test_process_for_which_nobody_comes_is_started_again_unless_the_run_is_over(start):
+    """A finished run is seen as such by process 0 and by another one, each alone."""
+    lone = [
+        start(what, f"127.0.0.1:{free_port()}", 2, index)
+        for what, index in (("lone", 0), ("lone", 1), ("lone-finished", 0), ("lone-finished", 1))
+    ]
+    told = [process.communicate(timeout=120)[1] for process in lone]
+    assert [process.returncode for process in lone] == [76, 76, 0, 0], told
+    for text in told[:2]:
+        assert "did not come to 127.0.0.1:" in text
+    for text in told[2:]:
+        assert "protoclip_jax: finished" in text
+        assert "did not come" not in text

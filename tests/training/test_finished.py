@@ -1,10 +1,8 @@
 """A run of several processes that is over is not waited for again."""
 
-import json
 from pathlib import Path
 
 import pytest
-from absl import flags
 from absl.testing import flagsaver
 from tiny_run import small_config
 
@@ -42,36 +40,24 @@ def test_damaged_mark_is_none(over, tmp_path, text):
     assert not finished.is_marked(tmp_path, over)
 
 
-def test_process_that_comes_back_alone_does_not_wait(over, tmp_path, capsys):
-    several = {"coordinator": "127.0.0.1:1", "num_processes": 2, "process_id": 0}
-    with flagsaver.flagsaver(**several):
-        assert main._over(over, tmp_path)
-        assert f"is finished: {over.total_steps} steps" in capsys.readouterr().err
-        assert not main._over(over, None)
-        steps = json.loads((tmp_path / finished.FILE).read_text())["steps"]
-        assert steps == over.total_steps
-        (tmp_path / finished.FILE).unlink()
-        assert not main._over(over, tmp_path)
-    finished.mark(tmp_path, over)
-    assert flags.FLAGS.num_processes is None
-    assert not main._over(over, tmp_path)  # one process looks at the run, and shows its table
+def test_the_command_says_so_where_nobody_comes(over, tmp_path, monkeypatch):
+    asked = []
 
-
-@pytest.mark.parametrize("marked", [True, False])
-def test_command_asks_before_it_joins(tmp_path, monkeypatch, marked):
-    joined = []
-
-    def join(*members, search):
-        joined.append(members)
+    def join(*members, search, over):
+        asked.append((members, search, over()))
         raise ConfigError("nobody comes")
 
     monkeypatch.setattr(distributed, "join", join)
     config = configured(QUICKSTART, [], num_devices=None)
-    if marked:
-        finished.mark(tmp_path, config)
     (tmp_path / "checkpoints" / str(config.total_steps)).mkdir(parents=True)
-    given = {"config": QUICKSTART, "workdir": str(tmp_path)}
-    several = {"coordinator": "127.0.0.1:1", "num_processes": 2, "process_id": 1}
-    with flagsaver.flagsaver(**given, **several):
-        code = main._run(["main", []])
-    assert (code, joined) == ((0, []) if marked else (2, [("127.0.0.1:1", 2, 1)]))
+    place = {"coordinator": "127.0.0.1:1", "num_processes": 2, "process_id": 1}
+    for given in ({"workdir": str(tmp_path)}, {"dry_run": True}):
+        with flagsaver.flagsaver(config=QUICKSTART, **place, **given):
+            assert main._run(["main", []]) == 2
+    finished.mark(tmp_path, config)
+    with flagsaver.flagsaver(config=QUICKSTART, workdir=str(tmp_path), **place):
+        assert main._run(["main", []]) == 2
+    assert [members for members, *_ in asked] == [("127.0.0.1:1", 2, 1)] * 3
+    *before, (_, _, after) = asked
+    assert [said for *_, said in before] == [None, None]
+    assert f"is finished: {config.total_steps} steps" in after
