@@ -65,7 +65,7 @@ class PlainLines:
         return self
 
     def __exit__(self, *_):
-        pass
+        """Nothing to put back: a context because tqdm's bar is one."""
 
 
 def spoken(seconds: float) -> str:
