@@ -12,12 +12,12 @@ _WAYS_OUT = {
     errno.EDQUOT: "make room, or ask for a larger quota",
     errno.EFBIG: "raise the limit on a file's size (ulimit -f)",
     errno.EROFS: "choose a place that can be written",
-    errno.EACCES: "its rights do not allow that to this user",
-    errno.EIO: "the disk or its network fails: see to it",
-    errno.ESTALE: "the network mount has lost it: mount it anew",
+    errno.EACCES: "give this user the right to do that",
+    errno.EIO: "mend the disk or its network",
+    errno.ESTALE: "mount the network folder anew",
     errno.EMFILE: "raise the limit on open files (ulimit -n)",
-    errno.ENFILE: "the machine has too many files open",
-    errno.ENOMEM: "the machine has no memory left",
+    errno.ENFILE: "close files that other programs have open",
+    errno.ENOMEM: "free memory",
 }
 
 

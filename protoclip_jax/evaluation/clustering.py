@@ -2,7 +2,6 @@
 
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
-from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score
 
 from protoclip_jax.episodes.kmeans import kmeans
 from protoclip_jax.evaluation.features import finite_features
@@ -48,6 +47,9 @@ def agreement(
 
     Both are symmetric, blind to how groups are numbered, and 0 on average for unrelated ones.
     """
+    # Imported late: it takes a second, before which a trainer would tell nothing of its data.
+    from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score
+
     clusters, labels = np.asarray(clusters), np.asarray(labels)
     if len(clusters) != len(labels):
         raise ValueError(f"found {len(clusters)} clusters and {len(labels)} labels, wanted equal")

@@ -150,10 +150,11 @@ def test_run_in_a_bucket_killed_in_a_save_and_stopped_equals_a_local_one(
         environment,
     )
     # Killed while the mark that makes the second checkpoint whole is on its way.
-    with bucket.faults({"method": "POST", "contains": "checkpoints/6/commit_success.txt"}):
+    mark = f"{workdir}/checkpoints/6/commit_success.txt".removeprefix("gs://bucket/")
+    with bucket.faults({"method": "POST", "contains": mark}):
         process, end = run.start("--profile=1:2"), time.monotonic() + 300
         while time.monotonic() < end and process.poll() is None:
-            asked = bucket.requests("checkpoints/6/commit_success.txt")
+            asked = bucket.requests(mark)  # not those of another test's run
             if any(line.startswith("POST") for line in asked):
                 break
             time.sleep(0.05)
