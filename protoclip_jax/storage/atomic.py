@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import secrets
 from pathlib import Path
 
 from protoclip_jax.storage import objects
@@ -12,11 +13,12 @@ from protoclip_jax.storage.paths import AnyPath, is_remote
 # What network and FUSE file systems answer that have no fsync, or none for folders.
 _NO_FLUSH = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM)
 PART = ".part"  # ends the names of files that are not whole
+_OWN = secrets.token_hex(4)  # hosts that share a folder may have equal process ids, as pods do
 
 
 def part_of(path: Path) -> Path:
     """Where the content of `path` is written before it is whole; this process's own."""
-    return path.with_name(f"{path.name}.{os.getpid()}{PART}")
+    return path.with_name(f"{path.name}.{os.getpid()}-{_OWN}{PART}")
 
 
 def settle(part: Path, path: Path) -> None:

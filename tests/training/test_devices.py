@@ -66,8 +66,10 @@ def one_step(config, shape):
     [
         ("test-rn", ((8, 1),)),
         ("test-vit", ((4, 2),)),
-        pytest.param("test-rn", ((2, 1), (4, 1), (1, 4), (4, 2)), marks=pytest.mark.slow),
-        pytest.param("test-vit", ((2, 1), (4, 1), (1, 4), (8, 1)), marks=pytest.mark.slow),
+        pytest.param("test-rn", ((1, 4), (4, 2)), marks=pytest.mark.slow),
+        pytest.param("test-rn", ((2, 1), (4, 1)), marks=[pytest.mark.slow, pytest.mark.long]),
+        pytest.param("test-vit", ((1, 4), (8, 1)), marks=pytest.mark.slow),
+        pytest.param("test-vit", ((2, 1), (4, 1)), marks=[pytest.mark.slow, pytest.mark.long]),
     ],
     ids=str,
 )

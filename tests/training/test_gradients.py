@@ -79,8 +79,8 @@ def test_parts_equal_the_whole_where_rows_do_not_mix(devices):
     assert_close(parts, whole)
 
 
-@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 4])
 @pytest.mark.slow
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.long), 4])
 @pytest.mark.parametrize("name", ["test-vit", "test-rn"])
 def test_parts_are_groups_of_batch_statistics(name, devices):
     """Their statistics are those of groups of that size, and move once; a ViT has heads only."""
@@ -120,7 +120,7 @@ def test_rematerialisation_keeps_less_for_the_backward_pass(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.long), 4])
 @pytest.mark.parametrize("name", ["test-vit", "test-rn"])
 def test_rematerialisation_changes_nothing(name, devices):
     settings = {"model__name": name}

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
     ("name", "devices"),
     [
         ("ViT-L-14", 8),
-        ("ViT-L-14", 64),
+        pytest.param("ViT-L-14", 64, marks=pytest.mark.long),
         *(
             pytest.param(name, devices, marks=pytest.mark.long)
             for name in ("ViT-H-14", "ViT-g-14")
