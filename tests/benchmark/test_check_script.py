@@ -129,7 +129,6 @@ def small(tmp_path_factory) -> dict:
     # One device, as most machines have.
     given = {
         "XLA_FLAGS": "",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",  # as a user runs it
         "PYTHON": sys.executable,
         "OUT": str(out),
         "WHEELS": str(out / "none"),

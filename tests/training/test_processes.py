@@ -179,15 +179,23 @@ def assert_same_labels(one: Path, two: Path, episode: int) -> None:
     np.testing.assert_array_equal(right["external_labels"], left["external_labels"])
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> tuple[Path, dict, Path]:
+    """A list and settings, and what one process makes of them: ten steps of a tiny ViT."""
+    folder = tmp_path_factory.mktemp("alone")
+    pairs = write_pairs(folder / "data", 40)
+    settings = {"data.teacher": teacher(folder, 40)}
+    run_one(pairs, folder / "one", settings)
+    return pairs, settings, folder / "one"
+
+
 @pytest.mark.slow
-def test_two_processes_equal_one(tmp_path):
+def test_two_processes_equal_one(alone, tmp_path):
     """Tiny ViT, ten steps of two episodes: parameters, metrics, labels."""
-    pairs = write_pairs(tmp_path / "data", 40)
-    settings = {"data.teacher": teacher(tmp_path, 40)}
-    run_one(pairs, tmp_path / "one", settings)
+    pairs, settings, one = alone
     run_two(pairs, tmp_path / "two", settings)
-    assert_same_run(tmp_path / "one", tmp_path / "two", 10)
-    assert_same_labels(tmp_path / "one", tmp_path / "two", 1)
+    assert_same_run(one, tmp_path / "two", 10)
+    assert_same_labels(one, tmp_path / "two", 1)
     # DIST-05: every process has the same parameters, at the start and after each episode.
     hashes = [(tmp_path / "two" / f"hashes-{index}.txt").read_text() for index in range(2)]
     assert hashes[0] == hashes[1]
@@ -233,17 +241,15 @@ def test_two_processes_equal_one_with_batch_norm_uneven_data_and_broken_pictures
 
 
 @pytest.mark.slow
-def test_run_with_cut_parameters_equals_one_without(tmp_path):
+def test_run_with_cut_parameters_equals_one_without(alone, tmp_path):
     """The command with mesh.fsdp: extraction, prototypes, training, checkpoints.
 
     Two devices of different hosts share a copy of the parameters.
     """
-    pairs = write_pairs(tmp_path / "data", 40)
-    settings = {"data.teacher": teacher(tmp_path, 40)}
-    run_one(pairs, tmp_path / "whole", settings)
+    pairs, settings, one = alone
     run_two(pairs, tmp_path / "cut", settings | {"mesh.fsdp": "2"}, TINY_ORDER="3,0,2,1")
-    assert_same_run(tmp_path / "whole", tmp_path / "cut", 10)
-    assert_same_labels(tmp_path / "whole", tmp_path / "cut", 1)
+    assert_same_run(one, tmp_path / "cut", 10)
+    assert_same_labels(one, tmp_path / "cut", 1)
 
 
 @pytest.mark.slow

@@ -252,7 +252,8 @@ def test_signal_to_the_whole_group_leaves_the_workers_their_work(tmp_path, numbe
 
 
 @pytest.mark.slow
-def test_run_killed_twenty_times_ends_with_the_same_parameters(tmp_path):
+@pytest.mark.parametrize("times", [6, pytest.param(20, marks=pytest.mark.long)])
+def test_run_killed_many_times_ends_with_the_same_parameters(tmp_path, times):
     """SIGKILL at random moments, saving included; bit for bit the unbroken run."""
     recipe(tmp_path)  # writes the pairs
     # The programs are compiled once, as a user's second start finds them too.
@@ -266,7 +267,7 @@ def test_run_killed_twenty_times_ends_with_the_same_parameters(tmp_path):
     chance, kills, log = random.Random(0), 0, tmp_path / "log"
     steps = killed / "run" / "checkpoints"
     for _ in range(60):
-        if kills == 20:
+        if kills == times:
             break
         before = _newest(steps)
         with log.open("a") as file:
@@ -285,7 +286,7 @@ def test_run_killed_twenty_times_ends_with_the_same_parameters(tmp_path):
         process.wait()
         if process.returncode == 0:
             break
-    assert kills == 20, log.read_text()[-3000:]
+    assert kills == times, log.read_text()[-3000:]
     subprocess.run(kill_command(tmp_path, killed), check=True, timeout=600, **options)
     states = [np.load(folder / "out" / "state.npz") for folder in (whole, killed)]
     assert states[0].files == states[1].files
