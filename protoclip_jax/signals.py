@@ -18,6 +18,7 @@ import contextlib
 import os
 import select
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -92,9 +93,7 @@ def install() -> None:
         signal.signal(number, _handle)
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     threading.Thread(target=_watch, args=(read,), name="signals", daemon=True).start()
-    # Registered first, so it runs last: Python gives its own handlers back to the system before it
-    # ends, and a signal in that moment would take the place of the exit code.
-    atexit.register(_deaf)
+    atexit.register(_last)  # registered first, so it runs last
 
 
 def _handle(number: int, frame) -> None:
@@ -161,6 +160,18 @@ def blocked() -> Iterator[None]:
 def _deaf() -> None:
     for number in NUMBERS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def _last() -> None:
+    """Keeps the exit code from what still may take its place while Python takes itself down."""
+    # Python gives its own handlers back to the system before it ends.
+    _deaf()
+    if _ending.code in (LEFT, INTERRUPTED):
+        # What a signal broke off inside of the compiler's own code crashes when it is taken down.
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(AttributeError, OSError, ValueError):
+                stream.flush()
+        os._exit(_ending.code)
 
 
 def ignore() -> None:

@@ -77,6 +77,24 @@ def test_signals_from_the_first_second_to_the_last(tmp_path, compiled_once):
 
 
 @pytest.mark.slow
+def test_a_signal_while_a_program_compiles(tmp_path, monkeypatch):
+    """What it breaks off there does not crash when Python is taken down."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+    pairs = random_signals.written(tmp_path / "data")
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")  # it takes its time
+    for seconds in (2.0, 4.0):
+        run = random_signals.Run(tmp_path / f"run{seconds}", pairs, 6, count=1)
+        run.start()
+        (process,), end = run.processes, time.monotonic() + 200
+        while "compiling the warmup step" not in run.tail() and time.monotonic() < end:
+            time.sleep(0.05)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == signals.LEFT, run.tail()
+        assert "stopped before the first step" in run.tail()
+
+
+@pytest.mark.slow
 def test_two_processes_under_random_signals(tmp_path):
     """The short form of `python tests/random_signals.py`."""
     command = [sys.executable, str(ROOT / "tests" / "random_signals.py")]
@@ -134,6 +152,19 @@ elif kind == "late":
     import builtins
     builtins.late = Late()
     sys.exit(4)
+elif kind == "broken off":
+    class BrokenOff:
+        def __del__(self):  # as what the compiler has half done, when the interpreter goes
+            os.abort()
+    import builtins
+    builtins.broken_off = BrokenOff()
+    try:
+        with signals.raised():
+            me(signal.SIGTERM)
+    except signals.Stopped as error:
+        print("whole", end="")
+        signals.over(error.code)
+        sys.exit(error.code)
 elif kind == "child":
     with signals.blocked():
         import subprocess
@@ -155,6 +186,7 @@ elif kind == "child":
         ("unsaved", 3),
         ("over", 2),
         ("late", 4),
+        ("broken off", 75),
         ("child", 0),
     ],
 )
@@ -164,6 +196,7 @@ def test_codes_of_a_program(kind, code):
     result = subprocess.run(command, cwd=ROOT, timeout=15, capture_output=True, text=True)
     assert result.returncode == code, result.stderr
     assert "Traceback" not in result.stderr
+    assert kind not in ("broken off", "child") or "whole" in result.stdout
 
 
 def test_nothing_is_installed_in_a_library():
