@@ -124,7 +124,7 @@ def test_dry_run_shows_the_plan_also_where_the_data_are_missing():
 @pytest.mark.usefixtures("tiny_models")
 def test_dry_run_opens_data_and_teacher(tmp_path):
     pairs, teacher = write_pairs(tmp_path / "data"), tmp_path / "teacher.npy"
-    np.save(teacher, np.ones((40, 5), np.float32))
+    np.save(teacher, np.eye(40, 5, dtype=np.float32) + 1)
     given = {"objective__external": 1, "data__teacher": teacher}
     told = dry_run.data(small_config(pairs, num_devices=8, **given))
     assert "40 pairs of" in told
