@@ -67,6 +67,8 @@ _LEAST, _MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max
 AT_MOST = {
     "seed": _INT64 // 2,  # the episode's number is added to it
     "model.projection": 100,
+    "model.projection_hidden": 40_000,  # squared, the numbers of a layer fit into 32 bits
+    "model.projection_width": 40_000,
     "data.limit": _INT64,
     "data.workers": 10_000,
     "data.threads": 10_000,

@@ -379,6 +379,8 @@ def test_numbers_that_are_0_in_float32_are_refused(path, text):
     [
         ({"data__keep_gigabytes": "1e10"}, "at most 1000000000"),
         ({"data__workers": "10001"}, "at most 10000"),
+        ({"model__projection_hidden": "40001"}, "at most 40000"),
+        ({"model__projection_width": str(2**31 - 1)}, "at most 40000"),
         ({"episode__count": "1000001"}, "at most 1000000"),
         ({"episode__count": "1000000", "episode__size": "2000000000"}, "too many to be counted"),
     ],
