@@ -235,7 +235,7 @@ def parse(argv: Sequence[str]) -> list:
             if flags.FLAGS[name].value is not None:
                 flags.FLAGS[name].value = _path(name, flags.FLAGS[name].value)
     except flags.UnrecognizedFlagError as error:
-        meant = (text for text in rest[1:] if text.lstrip("-").startswith(error.flagname))
+        meant = (text for text in rest[1:] if _name(text) == error.flagname)
         _refuse(_no_such_word(next(meant, f"--{error.flagname}")))
     except (flags.Error, ValueError) as error:
         _refuse(str(error).splitlines()[0])
@@ -245,6 +245,10 @@ def parse(argv: Sequence[str]) -> list:
     if words:
         _refuse(_no_such_word(words[0]))
     return [program, overrides]
+
+
+def _name(word: str) -> str:
+    return word.lstrip("-").partition("=")[0]
 
 
 def _path(name: str, text: str) -> str:
