@@ -16,6 +16,14 @@ CHOICES = {
     "episode.empty": ("split", "keep"),
     "evaluation.suite": ("", "emoji_text"),
 }
+# Texts that may be empty, as the name of a data frame's index is; of `data.train` more is said.
+MAY_BE_EMPTY = (
+    "parity",
+    "evaluation.suite",
+    "data.train",
+    "data.image_column",
+    "data.caption_column",
+)
 ABOVE_ZERO = (
     "model.projection_hidden",
     "model.projection_width",
@@ -141,6 +149,8 @@ def _check_ranges(config: Config) -> None:
     for path, value in values.items():
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             _check_size(path, value)
+        if value == "" and path not in MAY_BE_EMPTY:
+            raise ConfigError(f"config.{path} is empty{_none_hint(path)}")
     for path, choices in CHOICES.items():
         if values[path] not in choices:
             wanted = ", ".join(repr(choice) for choice in choices)
@@ -148,6 +158,12 @@ def _check_ranges(config: Config) -> None:
     for path in ("optimizer.beta1", "optimizer.beta2"):
         if not 0 <= values[path] < 1:
             raise ConfigError(f"config.{path}={values[path]} must lie in [0, 1)")
+
+
+def _none_hint(path: str) -> str:
+    """How none of it is written, where there may be none."""
+    optional = flatten(dataclasses.asdict(Config()))[path] is None
+    return f": give it a value, or none as config.{path}=none" if optional else ""
 
 
 def _check_size(path: str, value: int | float) -> None:

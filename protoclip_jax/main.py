@@ -244,7 +244,20 @@ def parse(argv: Sequence[str]) -> list:
             _refuse(f"{override}: write {override}={words[0] if words else 'VALUE'}")
     if words:
         _refuse(_no_such_word(words[0]))
+    for line in _twice(argv[1:]):
+        print(f"protoclip_jax: {line}", file=sys.stderr)
     return [program, overrides]
+
+
+def _twice(words: Sequence[str]) -> list[str]:
+    """A line for each option that is given two values."""
+    last, lines = {}, []
+    for word in words:
+        name, equals, value = word.lstrip("-").partition("=")
+        if equals and last.setdefault(name, value) != value:
+            lines.append(f"--{name} is given as {last[name]} and as {value}: the latter counts")
+        last[name] = value
+    return lines
 
 
 def _name(word: str) -> str:

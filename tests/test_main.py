@@ -89,6 +89,28 @@ def test_words_that_are_no_option_are_refused(words, message, capsys):
     assert told.startswith("protoclip_jax: ")
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--config.seed=1", "--config.seed=2"], ["--config.seed is given as 1 and as 2"]),
+        (["--config.seed=1", "--config.seed=1"], []),
+        (["--config.seed=1", "--config.log.every=2", "--dry_run"], []),
+        (["--workdir=y"], ["--workdir is given as x and as y"]),
+        (["-workdir=y", "--workdir=x"], ["given as x and as y", "given as y and as x"]),
+        (
+            ["--config.data.train=a=b", "--config.seed=1", "--config.data.train=a=c"],
+            ["--config.data.train is given as a=b and as a=c: the latter counts"],
+        ),
+    ],
+)
+@flagsaver.flagsaver
+def test_an_option_of_two_values_is_told(words, told, capsys):
+    assert main.parse([*GIVEN, *words])[0] == "main"
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == len(told)
+    assert all(words in line for words, line in zip(told, lines, strict=True))
+
+
 @flagsaver.flagsaver
 def test_home_folder_of_workdir_and_recipe(monkeypatch):
     monkeypatch.setenv("HOME", "/home/of/somebody")

@@ -403,6 +403,18 @@ def test_what_is_just_within_the_bounds_is_taken():
     assert (config.seed, config.data.limit) == (2**62 - 1, 2**40)
 
 
+@pytest.mark.parametrize("path", [p for p, kind, _ in option_types() if kind is str])
+def test_an_empty_text_is_refused_where_it_means_nothing(path):
+    config = recipe(**{path.replace(".", "__"): ""})
+    if path in ("parity", "evaluation.suite", "data.image_column", "data.caption_column"):
+        assert resolve(config)
+        return
+    with pytest.raises(ConfigError, match=rf"config\.{path} is empty") as caught:
+        resolve(config)
+    optional = {name for name, _, optional in option_types() if optional}
+    assert str(caught.value).endswith(f"none as config.{path}=none") == (path in optional)
+
+
 @pytest.mark.parametrize("path", REFERENCE_FLAGS)
 def test_parity_and_a_flag_against_it_are_refused(path):
     against = {"data.keep": "jpeg"}
