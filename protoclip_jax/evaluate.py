@@ -31,7 +31,7 @@ from protoclip_jax.idle_options import LISTS
 from protoclip_jax.storage import objects
 from protoclip_jax.storage.atomic import write_json
 from protoclip_jax.storage.paths import AnyPath, check_writable, workdir_at
-from protoclip_jax.storage.screen import show_any_text
+from protoclip_jax.storage.screen import cut_off, show_any_text
 
 # The rest is imported late where it takes seconds: --help and a wrong option answer at once.
 
@@ -144,12 +144,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         recorded(options.workdir)  # where it cannot be read, nothing is measured in vain
         check_writable(options.workdir)
         title, metrics, chance = measure(options)
-        print_table(options, metrics, chance)
-        path = record(options.workdir, title, metrics, chance)
+        try:
+            print_table(options, metrics, chance)
+        finally:  # also where nobody reads the table any more
+            path = record(options.workdir, title, metrics, chance)
+        print(f"\nwrote {path}", flush=True)
+    except BrokenPipeError:
+        return cut_off()
     except (ValueError, OSError) as error:
         print(f"protoclip_jax: {error}", file=sys.stderr)
         return 2
-    print(f"\nwrote {path}")
     return 0
 
 

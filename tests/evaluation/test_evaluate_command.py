@@ -1,4 +1,6 @@
 import json
+import os
+import sys
 
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ from evaluation_fakes import COLOURS, FakeEncoder, FakeSource
 from protoclip_jax import evaluate
 from protoclip_jax.data import emoji_text
 from protoclip_jax.evaluation import folders, suite
+from protoclip_jax.storage.screen import CUT
 
 
 @pytest.fixture
@@ -39,6 +42,16 @@ def test_folder_prints_a_table_and_writes_the_numbers(workdir, classes, capsys):
     written = json.loads((workdir / "evaluation.json").read_text())
     assert written[str(classes)]["metrics"]["zero_shot/top1"] == 100
     assert written[str(classes)]["chance"]["zero_shot/top1"] == 12.5
+
+
+@pytest.mark.parametrize("buffering", [1, -1])  # the table is written at once, or at the end
+def test_a_reader_that_has_left_loses_no_evaluation(buffering, workdir, classes, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with monkeypatch.context() as patch, open(writer, "w", buffering) as out:
+        patch.setattr(sys, "stdout", out)
+        assert run(f"--workdir={workdir}", f"--folder={classes}") == CUT
+    assert str(classes) in json.loads((workdir / "evaluation.json").read_text())
 
 
 def test_pair_list_is_evaluated_and_kept_beside_the_rest(workdir, classes, capsys):
