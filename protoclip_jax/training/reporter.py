@@ -173,7 +173,7 @@ class Reporter:
         """Warns of clusters that say little, of one kind of features."""
         config, used = self._config, numbers[f"clusters/{name}_used"]
         count = config.external_prototypes if name == "external" else config.episode.prototypes
-        if used <= 1:
+        if used <= 1 and used < count:
             self._once(
                 f"one {name}",
                 f"warning: {used:.0f} of {count:,} {name} prototypes has members: the {name} "

@@ -141,6 +141,16 @@ def test_clusters_that_say_nothing_are_told_once(told, name, own, words):
     assert words.format(name) in line
 
 
+def test_a_single_prototype_that_is_used_is_as_it_should_be(told):
+    given = {"objective__prototype": 0, "objective__external": 1, "data__teacher": "t.npy"}
+    config = small_config(
+        "pairs.tsv", episode__prototypes=1, episode__external_prototypes=6, **given
+    )
+    numbers = {"clusters/image_used": 1.0, "clusters/text_used": 1.0, "clusters/external_used": 6.0}
+    Reporter(config, 100, told, told).prototypes(numbers, roomless=0)
+    assert not told.lines
+
+
 def test_empty_rows_of_a_teacher_are_told(told, tmp_path):
     source = open_source(str(CASES / "DIST-01" / "pairs.tsv"))
     rows = np.random.default_rng(0).normal(size=(13, 4))
