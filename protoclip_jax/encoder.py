@@ -99,13 +99,14 @@ class Encoder:
         transparent parts show white, then it is resized by its shorter side and centre-cropped.
 
         Args:
-          images: a path, the bytes of a file, a PIL image of any mode, or a uint8 array (h, w, 3)
-            with values from 0 to 255; or a sequence of those; or a uint8 array (n, h, w, 3). A
-            single image gives one row, an empty sequence none.
+          images: a path, the bytes of a file, a PIL image, or a uint8 array (h, w, 3) with values
+            from 0 to 255; or a sequence of those; or a uint8 array (n, h, w, 3). A single image
+            gives one row, an empty sequence none.
 
         Raises:
           ValueError: another type, or an array of another form; floats are refused, since nobody
-            knows whether they end at 1 or at 255.
+            knows whether they end at 1 or at 255, and so are PIL images of mode I and F that no
+            file was opened as.
           UnreadableImage: a file that is missing or no image; a ValueError, too.
         """
         pixels = (
@@ -160,7 +161,11 @@ def _texts(texts: Any) -> list[str]:
         raise ValueError(f"wanted a text or a sequence of texts, not a {type(texts).__name__}")
     if isinstance(texts, (Mapping, Set)):
         raise ValueError(f"wanted texts in an order, not a {type(texts).__name__}")
-    texts = list(texts)
+    try:
+        iterator = iter(texts)
+    except TypeError as error:  # an array of no dimension looks like a sequence
+        raise ValueError(f"wanted a text or a sequence of texts: {error}") from None
+    texts = list(iterator)
     for number, text in enumerate(texts):
         if not isinstance(text, str):
             raise ValueError(f"text {number} is a {type(text).__name__}: wanted a string")

@@ -19,21 +19,57 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from protoclip_jax.data import typed_values
 from protoclip_jax.data.source_options import WHAT, add_source_options, chosen_source
+from protoclip_jax.data.tfds_pairs import is_tfds
+from protoclip_jax.idle_options import LISTS
 from protoclip_jax.storage import objects
 from protoclip_jax.storage.atomic import write_json
-from protoclip_jax.storage.paths import AnyPath, workdir_at
-from protoclip_jax.storage.screen import show_any_text
+from protoclip_jax.storage.paths import AnyPath, check_writable, workdir_at
+from protoclip_jax.storage.screen import cut_off, show_any_text
 
 # The rest is imported late where it takes seconds: --help and a wrong option answer at once.
 
 EMOJI_TEXT = "emoji_text"
+RECORD = "evaluation.json"
 Metrics = dict[str, float]
+
+# Where options are of no effect, what is there where they act, and which; all others always act.
+ACT_ALWAYS = ("workdir", "source", "folder", "batch")
+ACT_WITH: tuple[tuple[str, Callable[[argparse.Namespace], bool], tuple[str, ...]], ...] = (
+    (
+        "without --folder=IMAGES",
+        lambda options: options.folder is not None,
+        ("train_folder", "names", "prompts", "template", "by_position"),
+    ),
+    (
+        "without --source=LIST.tsv",
+        lambda options: _pairs(options).lower().endswith(LISTS),
+        ("image_column", "caption_column", "separator", "image_root"),
+    ),
+    (
+        "without --source=tfds:NAME",
+        lambda options: is_tfds(_pairs(options)),
+        ("split", "image_feature", "text_feature"),
+    ),
+    ("without --source=PAIRS", lambda options: _pairs(options) != "", ("limit", "seed")),
+    ("without --limit", lambda options: options.limit is not None, ("seed",)),
+    (
+        "without --names or --prompts",
+        lambda options: options.names is not None or options.prompts is not None,
+        ("by_position",),
+    ),
+    (
+        "beside both --names and --template",
+        lambda options: options.names is None or options.template is None,
+        ("prompts",),
+    ),
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -95,19 +131,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code: 0, or 2 for what cannot be evaluated."""
     show_any_text()
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-    options = build_parser().parse_args(arguments)
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    # Over a namespace without defaults, so that a default that is given counts as given.
+    empty = argparse.Namespace(**dict.fromkeys(vars(options)))
+    given = vars(parser.parse_args(arguments, empty))
     try:
+        refuse_idle(options, {name: value for name, value in given.items() if value is not None})
         options.workdir = workdir_at(options.workdir)
         if not options.workdir.is_dir():
             raise ValueError(f"{options.workdir} is not a folder: give the --workdir of a run")
+        recorded(options.workdir)  # where it cannot be read, nothing is measured in vain
+        check_writable(options.workdir)
         title, metrics, chance = measure(options)
-        print_table(options, metrics, chance)
-        path = record(options.workdir, title, metrics, chance)
+        try:
+            print_table(options, metrics, chance)
+        finally:  # also where nobody reads the table any more
+            path = record(options.workdir, title, metrics, chance)
+        print(f"\nwrote {path}", flush=True)
+    except BrokenPipeError:
+        return cut_off()
     except (ValueError, OSError) as error:
         print(f"protoclip_jax: {error}", file=sys.stderr)
         return 2
-    print(f"\nwrote {path}")
     return 0
+
+
+def refuse_idle(options: argparse.Namespace, given: Collection[str]) -> None:
+    """Refuses options that cannot act on what is measured.
+
+    Args:
+      options: all of them.
+      given: names of those that the command line has.
+
+    Raises:
+      ValueError: names the option, and what it needs.
+    """
+    for where, there, names in ACT_WITH:
+        idle = [f"--{name.replace('_', '-')}" for name in names if name in given]
+        if idle and not there(options):
+            raise ValueError(f"{', '.join(idle)}: of no effect {where}")
+
+
+def _pairs(options: argparse.Namespace) -> str:
+    """The pairs of one's own that are measured; empty for a folder, and for EmojiText."""
+    own = options.folder is None and options.source != EMOJI_TEXT
+    return options.source if own else ""
 
 
 def measure(options: argparse.Namespace) -> tuple[str, Metrics, Metrics]:
@@ -183,14 +252,32 @@ def record(workdir: AnyPath, title: str, metrics: Metrics, chance: Metrics) -> A
 
     The file is {what: {"metrics": {...}, "chance": {...}}}; values that are not finite are null.
     """
-    path = workdir / "evaluation.json"
-    try:
-        known = json.loads(objects.read_text(path))
-    except FileNotFoundError:
-        known = {}
+    path, known = workdir / RECORD, recorded(workdir)
     known[title] = {"metrics": _finite(metrics), "chance": _finite(chance)}
     write_json(path, known)
     return path
+
+
+def recorded(workdir: AnyPath) -> dict[str, Any]:
+    """The evaluations that the workdir's evaluation.json holds; none where there is no such file.
+
+    Raises:
+      ValueError: the file is damaged.
+    """
+    path = workdir / RECORD
+    try:
+        known = json.loads(objects.read_text(path))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(_damaged(path, " ".join(str(error).split())[:100])) from None
+    if not isinstance(known, dict):
+        raise ValueError(_damaged(path, f"it holds a {type(known).__name__}"))
+    return known
+
+
+def _damaged(path: AnyPath, what: str) -> str:
+    return f"{path} is damaged ({what}): mend it or move it away, and a new one is written"
 
 
 def _finite(values: Metrics) -> dict[str, float | None]:

@@ -235,7 +235,7 @@ def parse(argv: Sequence[str]) -> list:
             if flags.FLAGS[name].value is not None:
                 flags.FLAGS[name].value = _path(name, flags.FLAGS[name].value)
     except flags.UnrecognizedFlagError as error:
-        meant = (text for text in rest[1:] if text.lstrip("-").startswith(error.flagname))
+        meant = (text for text in rest[1:] if _name(text) == error.flagname)
         _refuse(_no_such_word(next(meant, f"--{error.flagname}")))
     except (flags.Error, ValueError) as error:
         _refuse(str(error).splitlines()[0])
@@ -244,7 +244,24 @@ def parse(argv: Sequence[str]) -> list:
             _refuse(f"{override}: write {override}={words[0] if words else 'VALUE'}")
     if words:
         _refuse(_no_such_word(words[0]))
+    for line in _twice(argv[1:]):
+        print(f"protoclip_jax: {line}", file=sys.stderr)
     return [program, overrides]
+
+
+def _twice(words: Sequence[str]) -> list[str]:
+    """A line for each option that is given two values."""
+    last, lines = {}, []
+    for word in words:
+        name, equals, value = word.lstrip("-").partition("=")
+        if equals and last.setdefault(name, value) != value:
+            lines.append(f"--{name} is given as {last[name]} and as {value}: the latter counts")
+        last[name] = value
+    return lines
+
+
+def _name(word: str) -> str:
+    return word.lstrip("-").partition("=")[0]
 
 
 def _path(name: str, text: str) -> str:

@@ -21,7 +21,8 @@ import ml_collections
 from ml_collections import config_dict
 
 from protoclip_jax import idle_options
-from protoclip_jax.config import REFERENCE_FLAGS, Config, ConfigError, check, flatten
+from protoclip_jax.config import REFERENCE_FLAGS, Config, ConfigError, flatten
+from protoclip_jax.config_checks import check
 from protoclip_jax.data import typed_values
 from protoclip_jax.storage.home import at_home
 from protoclip_jax.suggestions import no_such_option
@@ -250,6 +251,9 @@ def _checked(path: str, value: Any, kind: type, optional: bool) -> Any:
     """The value as the option's type: a whole number is a float where a float is wanted."""
     if value is None and optional:
         return None
+    if kind is int and isinstance(value, int) and abs(value) >= 2**1023:
+        # Python writes no number of thousands of digits into a message.
+        raise ConfigError(f"config.{path}=... is too large: it has {value.bit_length()} bits")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return _finite(path, float(value) if abs(value) < 2**1023 else math.inf)
     if isinstance(value, kind) and (kind is not int or not isinstance(value, bool)):

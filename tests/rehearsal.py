@@ -60,6 +60,7 @@ class Teacher(teacher.Teacher):
 
     def __init__(self):
         self.path, self.fingerprint, self.note = "teacher.npy", "teacher", "made for them"
+        self.empty = 0
 
     def __len__(self) -> int:
         return PAIRS

@@ -94,15 +94,13 @@ def test_home_folder_in_a_path(encoder, tmp_path, monkeypatch):
         encoder.encode_image("~nobody-of-that-name/one.png")
 
 
-@pytest.mark.parametrize("mode", ["L", "1", "P", "LA", "RGBA", "CMYK", "YCbCr", "HSV", "I;16", "F"])
+@pytest.mark.parametrize("mode", ["L", "1", "P", "LA", "RGBA", "CMYK", "YCbCr", "HSV", "I;16"])
 def test_mode_of_a_pil_image_makes_no_difference(encoder, mode, tmp_path):
     """The feature is that of its own RGB pixels, not of an alpha or palette that is cut off."""
     image = Image.fromarray(pixels())
-    if mode in ("I;16", "F"):
+    if mode == "I;16":
         grey = np.asarray(image.convert("L"))
-        image = Image.fromarray(
-            grey.astype(np.uint16) * 257 if mode == "I;16" else grey.astype(np.float32)
-        )
+        image = Image.fromarray(grey.astype(np.uint16) * 257)
         assert image.mode == mode
     elif mode in ("LA", "RGBA"):
         image.putalpha(Image.fromarray(pixels()[:, ::-1, 0]))
@@ -114,6 +112,32 @@ def test_mode_of_a_pil_image_makes_no_difference(encoder, mode, tmp_path):
     np.testing.assert_array_equal(found, encoder.encode_image(seen))
     if mode in ("L", "1", "P", "LA", "RGBA", "I;16"):
         np.testing.assert_array_equal(found, encoder.encode_image(png(image)))
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        pixels()[..., 0].astype(np.int32),
+        pixels()[..., 0].astype(np.float32),
+        pixels()[..., 0].astype(np.float32) / 127.5 - 1,
+        np.zeros((9, 9), np.int32),
+    ],
+    ids=["I", "F", "F from -1 to 1", "black"],
+)
+def test_pil_images_of_an_unknown_range_are_refused(encoder, array):
+    image = Image.fromarray(array)
+    with pytest.raises(ValueError, match=rf"^image 1 is a PIL image of mode {image.mode}, whose"):
+        encoder.encode_image([pixels(), image])
+
+
+@pytest.mark.parametrize(("form", "mode"), [("PPM", "I"), ("TIFF", "F")])
+def test_deep_files_are_the_same_opened_or_not(encoder, form, mode, tmp_path):
+    grey, path = pixels()[..., 0], tmp_path / "deep"
+    array = grey.astype(np.uint16) * 257 if mode == "I" else grey.astype(np.float32)
+    Image.fromarray(array).save(path, form)
+    with Image.open(path) as image:
+        assert image.mode == mode
+        np.testing.assert_array_equal(encoder.encode_image(image), encoder.encode_image(path))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -270,6 +294,10 @@ def test_captions_with_a_token_of_id_zero(encoder, length):
         (["a dog", float("nan")], "text 1 is a float"),
         ([["a dog"]], "text 0 is a list"),
         (Path("a"), "not a PosixPath"),
+        (np.array("a dog"), "iteration over a 0-d array"),
+        (np.array(3), "iteration over a 0-d array"),
+        (np.array([["a dog"]]), "text 0 is a ndarray"),
+        (np.array([b"a dog"]), "text 0 is a bytes_"),
     ],
 )
 def test_texts_of_another_type_are_refused(encoder, value, message):

@@ -263,7 +263,7 @@ ONE = {
         ),
         (
             {"checkpoint.best": "", "evaluation.suite": "emoji_text"},
-            "no evaluation measures '': there are zero_shot/top1, ",
+            "config.checkpoint.best is empty",
         ),
         ({"data.max_unreadable": "1.5"}, "max_unreadable=1.5 is a share, at most 1"),
         ({"data.max_unreadable": "50"}, "max_unreadable=50 is a share"),

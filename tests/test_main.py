@@ -59,6 +59,14 @@ GIVEN = ["main", "--config=configs/quickstart.py", "--workdir=x"]
         (["\u2014config.optimizer.batch=3"], "write --config.optimizer.batch=3"),
         (["\u2013-dry_run"], "write --dry_run"),
         (["-config.seed=3"], "write --config.seed=3"),
+        (["--conf=y.py"], "--conf=y.py is no option: did you mean --config=y.py?"),
+        (["--work=y"], "--work=y is no option: "),
+        (["-w"], "-w is no option: "),
+        (["--c"], "--c is no option: "),
+        (["--no"], "--no is no option: "),
+        (["--noconfig"], "--noconfig is no option: "),
+        (["--nodry"], "--nodry is no option: "),
+        (["--config_=3"], "--config_=3 is no option: "),
         (["--wokrdir=y"], "did you mean --workdir=y?"),
         (["--config.optimizer.batch", "3"], "write --config.optimizer.batch=3"),
         (["--config.log.progress"], "write --config.log.progress=VALUE"),
@@ -79,6 +87,28 @@ def test_words_that_are_no_option_are_refused(words, message, capsys):
     assert message in told
     assert len(told.splitlines()) == 1
     assert told.startswith("protoclip_jax: ")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--config.seed=1", "--config.seed=2"], ["--config.seed is given as 1 and as 2"]),
+        (["--config.seed=1", "--config.seed=1"], []),
+        (["--config.seed=1", "--config.log.every=2", "--dry_run"], []),
+        (["--workdir=y"], ["--workdir is given as x and as y"]),
+        (["-workdir=y", "--workdir=x"], ["given as x and as y", "given as y and as x"]),
+        (
+            ["--config.data.train=a=b", "--config.seed=1", "--config.data.train=a=c"],
+            ["--config.data.train is given as a=b and as a=c: the latter counts"],
+        ),
+    ],
+)
+@flagsaver.flagsaver
+def test_an_option_of_two_values_is_told(words, told, capsys):
+    assert main.parse([*GIVEN, *words])[0] == "main"
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == len(told)
+    assert all(words in line for words, line in zip(told, lines, strict=True))
 
 
 @flagsaver.flagsaver
@@ -124,7 +154,7 @@ def test_dry_run_shows_the_plan_also_where_the_data_are_missing():
 @pytest.mark.usefixtures("tiny_models")
 def test_dry_run_opens_data_and_teacher(tmp_path):
     pairs, teacher = write_pairs(tmp_path / "data"), tmp_path / "teacher.npy"
-    np.save(teacher, np.ones((40, 5), np.float32))
+    np.save(teacher, np.eye(40, 5, dtype=np.float32) + 1)
     given = {"objective__external": 1, "data__teacher": teacher}
     told = dry_run.data(small_config(pairs, num_devices=8, **given))
     assert "40 pairs of" in told

@@ -10,6 +10,7 @@ from pathlib import Path
 import ml_collections
 import pytest
 
+from protoclip_jax import idle_options
 from protoclip_jax.config import REFERENCE_FLAGS, Config, ConfigError, flatten
 from protoclip_jax.recipe import (
     PATHS,
@@ -339,6 +340,79 @@ def test_whole_number_beyond_all_floats_is_refused():
     config = ml_collections.ConfigDict(values)
     with pytest.raises(ConfigError, match="weight_decay=inf: it must be a finite"):
         resolve(config)
+
+
+NUMBERS = {path: kind for path, kind, _ in option_types() if kind in (int, float)}
+
+
+@pytest.mark.parametrize("path", NUMBERS)
+def test_numbers_that_nothing_can_hold_are_refused(path):
+    texts = ["1" + 20 * "0", "9" * 400] if NUMBERS[path] is int else ["1e300", "1e39"]
+    for text in texts:
+        with pytest.raises(ConfigError, match=rf"^config\.{path}=.* is too large") as caught:
+            resolve(recipe(**{path.replace(".", "__"): text}), num_devices=None)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", NUMBERS)
+@pytest.mark.parametrize("text", ["-1" + 20 * "0", str(2**31 - 1), str(2**40), "10000", "1"])
+def test_extreme_numbers_are_taken_or_refused_in_a_line(path, text):
+    message = None
+    try:
+        idle_options.told(resolve(recipe(**{path.replace(".", "__"): text}), num_devices=None))
+    except ConfigError as error:
+        message = str(error)
+    assert message is None or message.count("\n") == 0
+
+
+@pytest.mark.parametrize("path", [path for path, kind in NUMBERS.items() if kind is float])
+@pytest.mark.parametrize("text", ["1e-300", "1e-40"])
+def test_numbers_that_are_0_in_float32_are_refused(path, text):
+    if path == "data.keep_gigabytes":  # of the host: no float32
+        return
+    with pytest.raises(ConfigError, match=rf"^config\.{path}=.* is too small for float32"):
+        resolve(recipe(**{path.replace(".", "__"): text}))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"data__keep_gigabytes": "1e10"}, "at most 1000000000"),
+        ({"data__workers": "10001"}, "at most 10000"),
+        ({"model__projection_hidden": "40001"}, "at most 40000"),
+        ({"model__projection_width": str(2**31 - 1)}, "at most 40000"),
+        ({"episode__count": "1000001"}, "at most 1000000"),
+        ({"episode__count": "1000000", "episode__size": "2000000000"}, "too many to be counted"),
+    ],
+)
+def test_bounds_are_named(overrides, words):
+    with pytest.raises(ConfigError, match=words):
+        resolve(recipe(**overrides))
+
+
+def test_whole_numbers_of_thousands_of_digits_are_refused_in_a_recipe():
+    config = recipe()
+    config.seed = 10**5000
+    with pytest.raises(ConfigError, match=r"^config\.seed=.* is too large: it has 16610 bits$"):
+        resolve(config)
+
+
+def test_what_is_just_within_the_bounds_is_taken():
+    largest = {"seed": str(2**62 - 1), "data__limit": str(2**40), "data__keep_gigabytes": "1e9"}
+    config = resolve(recipe(**largest))
+    assert (config.seed, config.data.limit) == (2**62 - 1, 2**40)
+
+
+@pytest.mark.parametrize("path", [p for p, kind, _ in option_types() if kind is str])
+def test_an_empty_text_is_refused_where_it_means_nothing(path):
+    config = recipe(**{path.replace(".", "__"): ""})
+    if path in ("parity", "evaluation.suite", "data.image_column", "data.caption_column"):
+        assert resolve(config)
+        return
+    with pytest.raises(ConfigError, match=rf"config\.{path} is empty") as caught:
+        resolve(config)
+    optional = {name for name, _, optional in option_types() if optional}
+    assert str(caught.value).endswith(f"none as config.{path}=none") == (path in optional)
 
 
 @pytest.mark.parametrize("path", REFERENCE_FLAGS)

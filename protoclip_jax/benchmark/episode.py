@@ -14,7 +14,8 @@ import numpy as np
 from protoclip_jax.benchmark import arguments, machine, timing
 from protoclip_jax.benchmark.report import RULE, Report, number, say
 from protoclip_jax.benchmark.short_runs import as_clip, short
-from protoclip_jax.config import Config, check
+from protoclip_jax.config import Config
+from protoclip_jax.config_checks import check
 from protoclip_jax.data.typed_values import share
 from protoclip_jax.training.loop import Trainer
 from protoclip_jax.training.phases import phase_of

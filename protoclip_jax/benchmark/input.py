@@ -21,7 +21,8 @@ from PIL import Image
 from protoclip_jax.benchmark import arguments, machine, timing
 from protoclip_jax.benchmark.report import RULE, Report, number, say
 from protoclip_jax.benchmark.short_runs import as_clip, short
-from protoclip_jax.config import Config, check
+from protoclip_jax.config import Config
+from protoclip_jax.config_checks import check
 from protoclip_jax.data.augmentation import augmentation_named
 from protoclip_jax.data.kept import Keep
 from protoclip_jax.data.pipeline import Batches

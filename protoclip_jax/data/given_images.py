@@ -78,7 +78,7 @@ def _upright(image: Any, what: str) -> Image.Image | UInt8[np.ndarray, "h w 3"]:
     if isinstance(image, (bytes, bytearray, memoryview)):
         return decoding.decode(bytes(image))
     if isinstance(image, Image.Image):
-        return _from_pil(image)
+        return _from_pil(image, what)
     if hasattr(image, "__array__"):
         array = np.asarray(image)
         if array.ndim != 3:
@@ -88,7 +88,13 @@ def _upright(image: Any, what: str) -> Image.Image | UInt8[np.ndarray, "h w 3"]:
     raise ValueError(f"{what} is {_kind(image)}: wanted {WANTED}")
 
 
-def _from_pil(image: Image.Image) -> Image.Image:
+def _from_pil(image: Image.Image, what: str) -> Image.Image:
+    # Those of files have the range of their format.
+    if image.mode in ("I", "F") and image.format is None:
+        raise ValueError(
+            f"{what} is a PIL image of mode {image.mode}, whose range nobody knows: give "
+            "Image.fromarray(x) of uint8 values from 0 to 255"
+        )
     if not min(image.size):
         raise UnreadableImage(BROKEN, f"a PIL image of {image.width} x {image.height} pixels")
     try:

@@ -1,5 +1,6 @@
 """Teacher features: one row of numbers a pair, made outside training and only ever read here."""
 
+import dataclasses
 import hashlib
 import os
 from importlib import resources
@@ -14,6 +15,10 @@ from protoclip_jax.data.sources import PairSource
 from protoclip_jax.data.teacher_note import TeacherNote, read_note
 from protoclip_jax.storage.copies import local_copy
 from protoclip_jax.storage.paths import is_remote
+
+# Squared lengths of rows that clustering can tell apart in float32; a longer row is left out of it
+# as one that is not finite is.
+SHORTEST, LONGEST = 1e-30, 1e36
 
 
 def embedded_teacher(split: str = "train") -> Path:
@@ -39,6 +44,7 @@ class Teacher:
       width: numbers in a row.
       fingerprint: rows, width, and a hash of all the file's numbers in their order.
       note: where they come from; None where nothing but the number of rows could be checked.
+      empty: rows that are 0, or as good as that.
     """
 
     def __init__(
@@ -48,11 +54,13 @@ class Teacher:
         seen: SeenFiles | None,
         fingerprint: str,
         note: TeacherNote | None,
+        empty: int,
     ):
         self.path = path
         self.width = table.width
         self.fingerprint = fingerprint
         self.note = note
+        self.empty = empty
         self._table, self._seen = table, seen
 
     def __len__(self) -> int:
@@ -85,7 +93,8 @@ class Teacher:
 
     def _same(self) -> bool:
         try:
-            return _looked_through(open_table(self._table.path, len(self)))[0] == self.fingerprint
+            table = open_table(self._table.path, len(self))
+            return _looked_through(table).fingerprint == self.fingerprint
         except ValueError:
             return False
 
@@ -102,8 +111,8 @@ def open_teacher(path: str | Path, rows: int, source: PairSource | None = None) 
     Raises:
       FileNotFoundError: there is no such file.
       ValueError: not a .npy file, an object array (never loaded: it can run code), not a table of
-        floating-point numbers, another number of rows, numbers that are not finite, or a note of
-        another file or source.
+        floating-point numbers, another number of rows, numbers that are not finite or beyond what
+        float32 can square, rows that are all 0 or all alike, or a note of another file or source.
     """
     local = local_copy(path)
     # Nobody else writes the copy of a remote file.
@@ -114,29 +123,61 @@ def open_teacher(path: str | Path, rows: int, source: PairSource | None = None) 
             f"{path} has {table.count} rows and the data set {rows} pairs: make it again from this "
             "very data set, one row a pair"
         )
-    fingerprint, bad, first_bad = _looked_through(table)
+    found = _looked_through(table)
     if seen is not None:
         seen.check(local, lambda: False)
-    if bad:
-        raise ValueError(
-            f"{path} has {bad} rows with numbers that are not finite, the first is row "
-            f"{first_bad} (counted from 0): make those rows again"
-        )
+    _check_numbers(path, table.count, found)
     note = read_note(path)
     if note is not None:
-        note.check(path, fingerprint, source)
-    return Teacher(os.fspath(path), table, seen, fingerprint, note)
+        note.check(path, found.fingerprint, source)
+    return Teacher(os.fspath(path), table, seen, found.fingerprint, note, found.empty)
 
 
-def _looked_through(table: NpyTable) -> tuple[str, int, int | None]:
-    """Fingerprint of a table; and how many rows are not finite, and the first of them."""
-    digest, bad, first_bad = hashlib.blake2b(digest_size=16), 0, None
+@dataclasses.dataclass
+class _Found:
+    """What a look through a whole table finds."""
+
+    fingerprint: str = ""
+    bad: int = 0  # rows that are not finite, or too long
+    first_bad: int | None = None
+    empty: int = 0  # rows that are too short
+    alike: bool = True  # all rows, as float32
+
+
+def _looked_through(table: NpyTable) -> _Found:
+    digest, found, row_d = hashlib.blake2b(digest_size=16), _Found(), None
     for first, block_nd in table.blocks():
-        with np.errstate(over="ignore"):
-            finite_n = np.isfinite(block_nd.astype(np.float32)).all(axis=1)
-        if not finite_n.all():
-            first_bad = first + int(np.argmin(finite_n)) if first_bad is None else first_bad
-            bad += int((~finite_n).sum())
+        with np.errstate(over="ignore", invalid="ignore"):
+            narrow_nd = block_nd.astype(np.float32)
+            squares_n = np.einsum("nd,nd->n", narrow_nd, narrow_nd)
+        bad_n = ~(squares_n <= LONGEST)  # NaN is neither above nor below
+        if bad_n.any():
+            if found.first_bad is None:
+                found.first_bad = first + int(np.argmax(bad_n))
+            found.bad += int(bad_n.sum())
+        found.empty += int((squares_n < SHORTEST).sum())
+        row_d = narrow_nd[0].copy() if row_d is None else row_d
+        found.alike = found.alike and bool((narrow_nd == row_d).all())
         digest.update(np.ascontiguousarray(block_nd))
-    fingerprint = f"{table.count}x{table.width}-{table.dtype}-{digest.hexdigest()}"
-    return fingerprint, bad, first_bad
+    found.fingerprint = f"{table.count}x{table.width}-{table.dtype}-{digest.hexdigest()}"
+    return found
+
+
+def _check_numbers(path: str | Path, rows: int, found: _Found) -> None:
+    """Refuses features that clustering could do nothing with."""
+    if found.bad:
+        raise ValueError(
+            f"{path} has {found.bad} rows with numbers that are not finite, or whose squares "
+            f"are not in float32; the first is row {found.first_bad} (counted from 0): make those "
+            "rows again"
+        )
+    if rows and found.empty == rows:
+        raise ValueError(
+            f"{path}: all {rows} rows are 0, or too small to be squared in float32: they tell no "
+            "pair from another; make the file again"
+        )
+    if rows > 1 and found.alike:
+        raise ValueError(
+            f"{path}: all {rows} rows are alike: they tell no pair from another; make the file "
+            "again"
+        )

@@ -18,7 +18,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from protoclip_jax.data import typed_values
 from protoclip_jax.data.source_options import WHAT, add_source_options, chosen_source
-from protoclip_jax.storage.screen import show_any_text
+from protoclip_jax.storage.screen import cut_off, show_any_text
 
 # The rest is imported late: --help and a wrong option answer at once.
 
@@ -167,7 +167,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     show_any_text()
     options = build_parser().parse_args(arguments)
     try:
-        return options.run(options)
+        code = options.run(options)
+        sys.stdout.flush()  # here, where a reader that has left can be met
+        return code
+    except BrokenPipeError:
+        return cut_off()
     except (ValueError, OSError) as error:
         print(f"protoclip_jax: {error}", file=sys.stderr)
         return 2
@@ -225,9 +229,10 @@ def _stats(options: argparse.Namespace) -> int:
     from protoclip_jax.prepare.stats import describe, measure, write
 
     numbers = measure(_source(options), workers=options.workers)
+    if options.json:  # first: nobody may be left to print to
+        write(numbers, options.json)
     print(describe(numbers))
     if options.json:
-        write(numbers, options.json)
         print(f"wrote {options.json}")
     return 0
 

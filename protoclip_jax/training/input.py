@@ -25,6 +25,8 @@ from protoclip_jax.episodes.shared_order import EpisodeRows
 from protoclip_jax.storage.retries import Unreachable
 from protoclip_jax.training.state import BATCH_AXES
 
+EMOJI_TEXT = "emoji_text"  # the name of the features that come with the package
+
 
 class Input:
     """What a run reads.
@@ -221,11 +223,21 @@ def _open_teacher(config: Config, source: sources.PairSource) -> Teacher | None:
     path = config.data.teacher
     if path is None or not config.uses_teacher:
         return None
-    if path == "emoji_text":
-        path = embedded_teacher(config.data.train.rpartition("/")[2])
     try:
+        if path == EMOJI_TEXT:
+            path = _embedded(config.data.train)
         return open_teacher(path, len(source), source)
     except Unreachable:
         raise
     except (ValueError, OSError) as error:
         raise ConfigError(f"config.data.teacher={config.data.teacher}: {error}") from error
+
+
+def _embedded(train: str) -> Path:
+    """The features that come with the package, where they are those of `data.train`."""
+    if not train.startswith(f"{EMOJI_TEXT}/"):
+        raise ValueError(
+            f"these features are of emoji_text/train only, and data.train={train}: make some of "
+            f"its own with `python -m protoclip_jax.teacher {train} --out FILE.npy`"
+        )
+    return embedded_teacher(train.removeprefix(f"{EMOJI_TEXT}/"))

@@ -165,14 +165,32 @@ class Reporter:
                 f"{roomless:,} of an episode's {self._config.extracted:,} pictures: they are read "
                 "twice",
             )
-        for name in ("image", "text"):
-            used = numbers[f"clusters/{name}_used"] / self._config.episode.prototypes
-            if used < FEW_USED:
-                self._once(
-                    f"used {name}",
-                    f"warning: only {used:.0%} of the {name} prototypes have members: the {name} "
-                    "features are few or have collapsed",
-                )
+        for name in ("image", "text", "external"):
+            if f"clusters/{name}_used" in numbers:
+                self._clusters(name, numbers)
+
+    def _clusters(self, name: str, numbers: dict[str, float]) -> None:
+        """Warns of clusters that say little, of one kind of features."""
+        config, used = self._config, numbers[f"clusters/{name}_used"]
+        count = config.external_prototypes if name == "external" else config.episode.prototypes
+        if used <= 1 and used < count:
+            self._once(
+                f"one {name}",
+                f"warning: {used:.0f} of {count:,} {name} prototypes has members: the {name} "
+                "features are all alike or not finite, and their prototype terms say nothing",
+            )
+        elif used / count < FEW_USED:
+            self._once(
+                f"used {name}",
+                f"warning: only {used / count:.0%} of the {name} prototypes have members: the "
+                f"{name} features are few or have collapsed",
+            )
+        if bad := numbers.get(f"clusters/{name}_nonfinite_rows"):
+            self._once(
+                f"not finite {name}",
+                f"warning: {bad:,.0f} of {config.extracted:,} {name} features are not finite or "
+                "too large: no prototype is made of them",
+            )
 
     def _once(self, key: str, text: str) -> None:
         if key not in self._told:
@@ -255,6 +273,11 @@ def source_lines(config: Config, source: PairSource, teacher: Teacher | None) ->
         lines.append(
             f"{teacher.path} says not which pairs it was made for: only its number of rows could "
             "be checked"
+        )
+    if teacher is not None and teacher.empty:
+        lines.append(
+            f"warning: {teacher.empty:,} of {len(teacher):,} rows of {teacher.path} are 0, or as "
+            "good as that: such pairs are one cluster, whatever they show"
         )
     points = config.extracted / config.episode.prototypes
     if len(config.prototype_episodes) and points < FEW_POINTS:

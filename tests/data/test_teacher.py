@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 from protoclip_jax.data import npy_table
+from protoclip_jax.data import teacher as teacher_module
 from protoclip_jax.data.emoji_text import EmojiText
 from protoclip_jax.data.seen_files import SourceChanged
 from protoclip_jax.data.sources import open_source
 from protoclip_jax.data.teacher import embedded_teacher, open_teacher
 from protoclip_jax.data.teacher_note import TeacherNote, note_path, write_note
+from protoclip_jax.episodes import kmeans_lloyd
 
 CASES = Path(__file__).parents[1] / "cases"
 
@@ -81,6 +83,48 @@ def test_other_files_are_refused(tmp_path):
         assert "not a .npy file" in refused(tmp_path / name, 12)
     with pytest.raises(FileNotFoundError):
         open_teacher(tmp_path / "none.npy", 12)
+
+
+def normal(rows: int = 12, scale: float = 1.0) -> np.ndarray:
+    return (np.random.default_rng(0).normal(size=(rows, 4)) * scale).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("array", "words"),
+    [
+        (np.zeros((12, 4), np.float32), "all 12 rows are 0"),
+        (-np.zeros((12, 4), np.float16), "all 12 rows are 0"),
+        (normal(scale=1e-30), "all 12 rows are 0, or too small to be squared"),
+        (normal().astype(np.float64) * 1e-200, "all 12 rows are 0, or too small to be squared"),
+        (np.ones((12, 4), np.float32), "all 12 rows are alike"),
+        (np.tile(np.float64([1, 2, 3, 4]), (12, 1)), "all 12 rows are alike"),
+        # They differ in float64 only.
+        (1 + np.arange(48).reshape(12, 4) * 1e-12, "all 12 rows are alike"),
+        (normal(scale=1e30), "12 rows with numbers that are not finite, or whose squares"),
+    ],
+)
+def test_features_that_say_nothing_are_refused(array, words, tmp_path, monkeypatch):
+    assert words in refused(saved(tmp_path / "t.npy", array), 12)
+    monkeypatch.setattr(npy_table, "_BLOCK", 50)  # a few rows
+    assert words in refused(saved(tmp_path / "t.npy", array), 12)
+
+
+def test_one_row_whose_square_is_too_large_is_refused(tmp_path):
+    array = normal()
+    array[7] = 1e19
+    assert "row 7 " in refused(saved(tmp_path / "t.npy", array), 12)
+
+
+def test_empty_rows_are_counted(tmp_path):
+    array = normal()
+    assert open_teacher(saved(tmp_path / "t.npy", array), 12).empty == 0
+    array[[2, 5]], array[9] = 0, 1e-30
+    assert open_teacher(saved(tmp_path / "t.npy", array), 12).empty == 3
+    assert open_teacher(saved(tmp_path / "one.npy", array[:1]), 1).empty == 0  # alike, but one
+
+
+def test_clustering_takes_the_lengths_that_are_taken_here():
+    assert kmeans_lloyd._LARGEST_SQUARE == teacher_module.LONGEST
 
 
 def test_too_large_for_float32_is_not_finite(tmp_path):
@@ -209,7 +253,7 @@ def noted(tmp_path) -> Path:
 
 
 def test_a_file_without_a_note_is_taken(tmp_path):
-    path = saved(tmp_path / "t.npy", np.zeros((12, 4), np.float32))
+    path = saved(tmp_path / "t.npy", normal())
     assert open_teacher(path, 12, Pairs("abc")).note is None
 
 
@@ -234,7 +278,7 @@ def test_another_order_limit_or_seed_is_refused(tmp_path):
         open_source(str(tmp_path / "all.tsv"), limit=12, seed=1),
         open_source(str(tmp_path / "all.tsv"), limit=12, seed=2),
     ]
-    path = saved(tmp_path / "t.npy", np.zeros((12, 4), np.float32))
+    path = saved(tmp_path / "t.npy", normal())
     numbers = open_teacher(path, 12).fingerprint
     for own in sources:
         write_note(path, TeacherNote(own.name, own.fingerprint, 12, "bert", 4, numbers))

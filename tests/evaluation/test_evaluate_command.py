@@ -1,4 +1,6 @@
 import json
+import os
+import sys
 
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ from evaluation_fakes import COLOURS, FakeEncoder, FakeSource
 from protoclip_jax import evaluate
 from protoclip_jax.data import emoji_text
 from protoclip_jax.evaluation import folders, suite
+from protoclip_jax.storage.screen import CUT
 
 
 @pytest.fixture
@@ -39,6 +42,16 @@ def test_folder_prints_a_table_and_writes_the_numbers(workdir, classes, capsys):
     written = json.loads((workdir / "evaluation.json").read_text())
     assert written[str(classes)]["metrics"]["zero_shot/top1"] == 100
     assert written[str(classes)]["chance"]["zero_shot/top1"] == 12.5
+
+
+@pytest.mark.parametrize("buffering", [1, -1])  # the table is written at once, or at the end
+def test_a_reader_that_has_left_loses_no_evaluation(buffering, workdir, classes, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with monkeypatch.context() as patch, open(writer, "w", buffering) as out:
+        patch.setattr(sys, "stdout", out)
+        assert run(f"--workdir={workdir}", f"--folder={classes}") == CUT
+    assert str(classes) in json.loads((workdir / "evaluation.json").read_text())
 
 
 def test_pair_list_is_evaluated_and_kept_beside_the_rest(workdir, classes, capsys):
@@ -134,6 +147,85 @@ def test_errors_are_one_line_and_exit_code_2(workdir, classes, tmp_path, capsys)
     assert "unknown prompt set" in lines[1]
     assert "8 folders have none" in lines[2]
     assert not (workdir / "evaluation.json").exists()
+
+
+# Of each option that needs something: a value, and command lines in which it cannot act.
+FOLDER, LIST, ARRAYS = "--folder=classes", "--source=pairs.tsv", "--source=cc3m_256"
+TFDS = "--source=tfds:coco"
+IDLE = {
+    "train_folder": ("=other", ["", LIST, TFDS]),
+    "names": ("=names.json", ["", LIST]),
+    "prompts": ("=foo", ["", ARRAYS, f"{FOLDER} --names=n.json --template={{}}"]),
+    "template": ("=a photo", ["", LIST]),
+    "by_position": ("", ["", LIST, f"{FOLDER}"]),
+    "image_column": ("=filepath", ["", FOLDER, ARRAYS, TFDS, "--source=emoji_text/val"]),
+    "caption_column": ("=title", ["", FOLDER, ARRAYS, "--source=emoji_text"]),
+    "separator": ("=\\t", ["", FOLDER, "--source=a.tar"]),
+    "image_root": ("=images", ["", FOLDER, ARRAYS]),
+    "split": ("=train", ["", FOLDER, LIST, ARRAYS]),
+    "image_feature": ("=image", ["", LIST]),
+    "text_feature": ("=caption", ["", LIST]),
+    "limit": ("=3", ["", "--source=emoji_text", FOLDER]),
+    "seed": ("=0", ["", FOLDER, LIST, f"{FOLDER} --limit=3"]),
+}
+
+
+def options_of_parser() -> list[str]:
+    return list(vars(evaluate.build_parser().parse_args(["--workdir=run"])))
+
+
+def test_every_option_is_known_to_act_always_or_with_something():
+    needy = {name for _, _, names in evaluate.ACT_WITH for name in names}
+    assert needy == set(IDLE)
+    assert sorted(options_of_parser()) == sorted([*evaluate.ACT_ALWAYS, *needy])
+
+
+@pytest.mark.parametrize(
+    ("name", "beside"), [(name, beside) for name, (_, lines) in IDLE.items() for beside in lines]
+)
+def test_an_option_that_cannot_act_is_refused(name, beside, workdir, capsys):
+    """Its default, too, where it is given."""
+    option = f"--{name.replace('_', '-')}"
+    assert run(f"--workdir={workdir}", *beside.split(), option + IDLE[name][0]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("protoclip_jax: --")
+    assert option in line
+    assert ": of no effect " in line
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        f"{FOLDER} --train-folder=a --names=b --template={{}} --template=a --by-position",
+        f"{FOLDER} --prompts=cifar10 --names=b",
+        f"{FOLDER} --prompts=cifar10 --template=a --by-position",
+        f"{LIST} --image-column=a --separator=, --image-root=d --limit=3 --seed=0",
+        f"{TFDS} --split=test --image-feature=a --text-feature=b --limit=3",
+        f"{ARRAYS} --limit=3 --seed=4 --batch=2",
+        "--source=GS://BUCKET/PAIRS.CSV --image-column=a",
+        "--source=emoji_text --batch=3",
+        "",
+    ],
+)
+def test_options_that_act_are_taken(line, monkeypatch, tmp_path, capsys):
+    def measure(options):
+        raise ValueError("was asked")
+
+    monkeypatch.setattr(evaluate, "measure", measure)
+    assert run(f"--workdir={tmp_path}", *line.split()) == 2
+    assert capsys.readouterr().err == "protoclip_jax: was asked\n"
+
+
+@pytest.mark.parametrize("content", ["[1]", "{bad", "", "3", "null", "\xff", "[" * 100_000])
+def test_a_damaged_record_is_met_before_the_measurement(content, workdir, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "measure", lambda options: pytest.fail("measured"))
+    path = workdir / "evaluation.json"
+    path.write_bytes(content.encode("latin-1"))
+    assert run(f"--workdir={workdir}") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"protoclip_jax: {path} is damaged (")
+    assert "move it away" in line
+    assert path.read_bytes() == content.encode("latin-1")
 
 
 def test_untrained_column_is_the_evaluation_at_step_0(workdir):

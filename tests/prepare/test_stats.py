@@ -1,6 +1,8 @@
 """Statistics of a source against a plain count of the same."""
 
 import json
+import os
+import sys
 
 import pytest
 from pair_files import Unlooked, picture, spoiled, write_shards
@@ -10,6 +12,7 @@ from protoclip_jax.data.tokenizer import Tokenizer
 from protoclip_jax.prepare.__main__ import main
 from protoclip_jax.prepare.scripts import scripts_of
 from protoclip_jax.prepare.stats import describe, measure
+from protoclip_jax.storage.screen import CUT
 
 LONG = "word " * 100
 
@@ -93,6 +96,23 @@ def test_text_and_json(path, tmp_path, capsys):
     assert describe(numbers) in said
     for part in ("9 rows", "truncated image       1 (11.11%)", "cut at 77 tokens       14.29%"):
         assert part in said
+
+
+@pytest.mark.parametrize("lines", [1, 5000])
+def test_a_reader_that_has_left_ends_it_quietly(path, lines, tmp_path, capsys, monkeypatch):
+    import protoclip_jax.prepare.stats as stats
+
+    # Less and more than what Python holds back.
+    monkeypatch.setattr(stats, "describe", lambda numbers: "a line\n" * lines)
+    command = ["stats", path, "--workers", "1", "--json", str(tmp_path / "stats.json")]
+    reader, writer = os.pipe()
+    os.close(reader)
+    with monkeypatch.context() as patch, open(writer, "w") as out:
+        patch.setattr(sys, "stdout", out)
+        assert main(command) == CUT
+        out.flush()
+    assert "Broken pipe" not in capsys.readouterr().err
+    assert json.loads((tmp_path / "stats.json").read_text())["rows"] == 9
 
 
 def test_of_tars(tmp_path):

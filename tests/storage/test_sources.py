@@ -152,7 +152,7 @@ def test_a_tar_that_is_written_again_under_a_run(bucket, tmp_path, monkeypatch, 
 
 def test_a_teacher_and_its_note(bucket, tmp_path):
     source = open_source(write_list(tmp_path / "list", 9))
-    np.save(tmp_path / "teacher.npy", np.zeros((9, 3), np.float32))
+    np.save(tmp_path / "teacher.npy", np.eye(9, 3, dtype=np.float32))
     numbers = open_teacher(tmp_path / "teacher.npy", 9).fingerprint
     note = TeacherNote(source.name, source.fingerprint, 9, "bert", 3, numbers)
     write_note(tmp_path / "teacher.npy", note)

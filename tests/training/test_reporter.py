@@ -11,6 +11,7 @@ from tiny_run import small_config
 
 from protoclip_jax.data.image_warnings import NOTES
 from protoclip_jax.data.sources import open_source
+from protoclip_jax.data.teacher import open_teacher
 from protoclip_jax.data.unreadable import UnreadableLog, odd_code
 from protoclip_jax.episodes.kmeans import Clusters
 from protoclip_jax.training import reporter as module
@@ -110,12 +111,56 @@ def test_too_many_skipped_in_a_row_stop_the_run(told):
 def test_few_used_prototypes_and_missing_room_are_told_once(told):
     config = small_config("pairs.tsv")
     reporter = Reporter(config, 100, told, told)
-    numbers = {"clusters/image_used": 1.0, "clusters/text_used": 6.0}
+    numbers = {"clusters/image_used": 2.0, "clusters/text_used": 6.0}
     for _ in range(2):
         reporter.prototypes(numbers, roomless=24)
     assert len(told.lines) == 2
     assert "no room for 24 of an episode's 24 pictures" in told.lines[0]
-    assert "only 17% of the image prototypes have members" in told.lines[1]
+    assert "only 33% of the image prototypes have members" in told.lines[1]
+
+
+@pytest.mark.parametrize("name", ["image", "text", "external"])
+@pytest.mark.parametrize(
+    ("own", "words"),
+    [
+        ({"used": 1.0}, "1 of 6 {} prototypes has members"),
+        ({"used": 0.0}, "0 of 6 {} prototypes has members"),
+        ({"used": 2.0}, "only 33% of the {} prototypes have members"),
+        ({"nonfinite_rows": 5.0}, "5 of 24 {} features are not finite"),
+    ],
+)
+def test_clusters_that_say_nothing_are_told_once(told, name, own, words):
+    numbers = {}
+    for kind in ("image", "text", "external"):
+        found = {"used": 6.0, "nonfinite_rows": 0.0} | (own if kind == name else {})
+        numbers |= {f"clusters/{kind}_{what}": value for what, value in found.items()}
+    reporter = Reporter(small_config("pairs.tsv"), 100, told, told)
+    for _ in range(2):
+        reporter.prototypes(numbers, roomless=0)
+    (line,) = told.lines
+    assert words.format(name) in line
+
+
+def test_a_single_prototype_that_is_used_is_as_it_should_be(told):
+    given = {"objective__prototype": 0, "objective__external": 1, "data__teacher": "t.npy"}
+    config = small_config(
+        "pairs.tsv", episode__prototypes=1, episode__external_prototypes=6, **given
+    )
+    numbers = {"clusters/image_used": 1.0, "clusters/text_used": 1.0, "clusters/external_used": 6.0}
+    Reporter(config, 100, told, told).prototypes(numbers, roomless=0)
+    assert not told.lines
+
+
+def test_empty_rows_of_a_teacher_are_told(told, tmp_path):
+    source = open_source(str(CASES / "DIST-01" / "pairs.tsv"))
+    rows = np.random.default_rng(0).normal(size=(13, 4))
+    for empty in (0, 2):
+        rows[:empty] = 0
+        np.save(tmp_path / "t.npy", rows)
+        told.lines.clear()
+        opened = open_teacher(tmp_path / "t.npy", 13)
+        Reporter(small_config("pairs.tsv"), 100, told, told).source(source, opened)
+        assert [" 2 of 13 rows of " in line for line in warnings(told)] == [True] * (empty > 0)
 
 
 def test_speed_and_memory_are_logged(told, monkeypatch):
