@@ -2,6 +2,8 @@
 
 import re
 
+from protoclip_jax.data.list_lines import record
+
 _BOM = b"\xef\xbb\xbf"
 _LINK = re.compile(r"https?://", re.IGNORECASE)
 _PICTURE = re.compile(r"\.(jpe?g|png|gif|webp|bmp|tiff?|avif|jp2)$", re.IGNORECASE)
@@ -46,7 +48,10 @@ def read_header(
 
 
 def _names(text: str, separator: str) -> list[str]:
-    return [name.strip().strip('"') for name in text.split(separator)]
+    cells = text.split(separator)
+    if separator != "\t" and '"' in text:  # as in the rows
+        cells = record([text], separator)[0] or cells
+    return [name.strip().strip('"') for name in cells]
 
 
 def _lacks(path: str, text: str, separator: str, wanted: tuple[str, str]) -> tuple[str, str]:

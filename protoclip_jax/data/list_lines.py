@@ -87,8 +87,9 @@ def suspects(
         suspect |= lacks | (visible[stop] == visible[begin])
     del visible
     suspect[_of(ends, _addresses(chunk, codes, ends, begins[0], schemes))] = True
-    # What a caption may be made of that is none: HTML entities, special tokens, escape codes.
-    doubtful = (codes == ord("&")) | (codes == ord("<")) | (codes == 27)
+    # What a caption may be made of that is none: HTML entities, special tokens, escape codes; and
+    # NUL, which no text has.
+    doubtful = (codes == ord("&")) | (codes == ord("<")) | (codes == 27) | (codes == 0)
     suspect[_of(ends, np.flatnonzero(doubtful))] = True
     if b"\r" in chunk:
         returns = np.flatnonzero(codes == ord("\r"))

@@ -54,7 +54,9 @@ from protoclip_jax.storage.paths import (
 NO_PATH = "no path"
 EMPTY_LINE = "empty line"
 NOT_UTF8 = "not UTF-8"
+NUL = "NUL bytes (UTF-16, or a damaged list?)"
 TOO_MANY_COLUMNS = "more columns than the header"
+SPACE_AT_QUOTES = "a space before the quotes of a cell, which then are none: take it out"
 BROKEN_QUOTES = "quotes that do not end on the line"
 CONTINUED = "the rest of a quoted field over several lines"
 OLD_LINE_ENDS = "carriage returns within the line (old Mac line ends?)"
@@ -112,6 +114,11 @@ class PairList:
         self._root = absolute(image_root or os.path.dirname(self.name))
         if len(separator) != 1 or separator in '"\r\n' or not separator.isascii():
             raise ValueError(f"separator {separator!r} must be one ASCII character such as '\\t'")
+        if image_column == caption_column:
+            raise ValueError(
+                f"image_column and caption_column are both {image_column!r}: the paths would be "
+                "the captions"
+            )
         self._separator = separator
         # Nobody else writes the copy of a remote list.
         self._seen = None if is_remote(self.name) else SeenFiles.now([self._path])
@@ -219,13 +226,16 @@ class PairList:
             return NOT_UTF8
         if not text.strip("\r"):
             return EMPTY_LINE
+        if "\0" in text:
+            return NUL
         cells = self._cells(text)
         if cells is None:
             return BROKEN_QUOTES
         if "\r" in text.rstrip("\r") and (self._separator == "\t" or '"' not in text):
             return OLD_LINE_ENDS
         if len(cells) > self._width:
-            return TOO_MANY_COLUMNS
+            spaced = self._separator != "\t" and f'{self._separator} "' in text
+            return SPACE_AT_QUOTES if spaced else TOO_MANY_COLUMNS
         if len(cells) <= self._image or not cells[self._image].strip():
             return NO_PATH
         if reason := _foreign(scheme(cells[self._image].strip())):

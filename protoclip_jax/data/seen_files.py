@@ -5,7 +5,9 @@ Where only the time differs (a `touch`, a copy of the same content put in its pl
 the file compares its content: if that is equal, the run goes on.
 """
 
+import errno
 import os
+import stat
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +37,7 @@ def states_of(paths: Sequence[str]) -> list[State]:
     """Size and time of files, local or all of them remote.
 
     Raises:
-      OSError: there is no such file, or it cannot be reached.
+      OSError: there is no such file, it is a pipe or a device, or it cannot be reached.
     """
     if paths and is_remote(paths[0]):
         return [(found.size, found.version) for found in objects.statuses(paths)]
@@ -44,6 +46,8 @@ def states_of(paths: Sequence[str]) -> list[State]:
 
 def _state(path: str) -> State:
     found = patient(lambda: os.stat(path))
+    if not stat.S_ISREG(found.st_mode):  # a named pipe would be waited for, for ever
+        raise OSError(errno.EINVAL, "this is no regular file", path)
     return found.st_size, found.st_mtime_ns
 
 

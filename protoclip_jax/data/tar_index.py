@@ -43,7 +43,8 @@ ENTRY = np.dtype(
     [("picture", "<u4"), ("size", "<u4"), ("caption", "<u4"), ("length", "<u4"), ("json", "?")]
 )
 _MOST = 2**32 * BLOCK
-_VERSION = 3
+_VERSION = 4
+NO_PAIRS = "tar without a pair"
 _FOLDER = ".protoclip_tars"
 _END_BYTES = 2**16  # at either end of a tar, which tell it from another of its size and time
 _AT_A_TIME = 16  # tars whose ends are read at once
@@ -196,6 +197,8 @@ def _make(tars: Sequence[str], states: list[State], stem: Path | None) -> TarInd
             digests.append(own)
             with _keeping():
                 raw.write(entries.tobytes())
+            if not len(entries):
+                report.setdefault(NO_PAIRS, LeftOut()).add(os.path.basename(tar))
             rows += len(entries)
             ends.append(rows)
             bar.update()

@@ -22,7 +22,13 @@ OTHER_KIND = "neither file, folder nor link in the tar"
 # tars were put one behind the other, or a part of one was lost and became zeros.
 RESUMED = "stretch of zeros (end mark, or lost members) with more members behind it"
 
+# The same for zeros at the end, which are an end mark and what fills a tar up.
+TAIL = "long stretch of zeros at the end (members lost, as where a download broke off?)"
+PLACES = (RESUMED, TAIL)
+
 _END = bytes(BLOCK)
+# Sizes of which a tar is filled up to a multiple: tar's own, and of blocking factors in use.
+_RECORDS = (20 * BLOCK, *(2**n for n in range(15, 21)))
 _ZEROS = 2**20  # bytes looked at in one go for what follows an end mark
 _MOST_TOLD = 2**20  # bytes of a header that tells a long name
 _MOST_SIZE = 2**62  # bytes of a member, so that places stay 64-bit numbers
@@ -51,16 +57,19 @@ def members(read: Read) -> Iterator[Member]:
       ValueError: it is no tar, or lacks its end, or a part of it is damaged; says what and where.
     """
     at, told, ended = 0, {}, False  # what the headers before tell; whether zeros were before
+    zeros = 0  # where they begin
     while True:
         head = read(at, BLOCK)
         if len(head) < BLOCK:
             if ended and not head.strip(b"\0"):
+                if not _fills_up(at + len(head) - zeros, at + len(head)):
+                    yield Member(f"from byte {zeros} on", zeros, 0, TAIL)
                 return
             raise ValueError(f"its end is missing, it stops before byte {at + BLOCK}")
         if head == _END:
             if told:
                 raise ValueError(f"a header before byte {at} belongs to no file")
-            at, ended = _past_zeros(read, at), True
+            zeros, at, ended = at, _past_zeros(read, at), True
             continue
         if not _is_header(head):
             raise ValueError(f"no header at byte {at}" + ended * ", behind an end mark")
@@ -105,6 +114,14 @@ def _what(kind: bytes, name: str) -> str | None:
     if kind == _GNU_SPARSE:
         return SPARSE
     return None if kind in _FOLDERS else OTHER_KIND
+
+
+def _fills_up(zeros: int, size: int) -> bool:
+    """Whether so many zeros at the end of a tar are no more than its writer puts there."""
+    most = 2 * BLOCK + _RECORDS[0]
+    return zeros <= most or any(
+        size % record == 0 and zeros < 2 * BLOCK + record for record in _RECORDS
+    )
 
 
 def _past_zeros(read: Read, at: int) -> int:

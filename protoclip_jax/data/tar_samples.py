@@ -25,13 +25,13 @@ from collections.abc import Callable, Iterable, Iterator
 from protoclip_jax.data.captions import is_caption
 from protoclip_jax.data.decoding import NO_CAPTION
 from protoclip_jax.data.files import MAX_BYTES
-from protoclip_jax.data.tar_members import FILE, RESUMED, Member, Read
+from protoclip_jax.data.tar_members import FILE, PLACES, Member, Read
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "ppm")
 TEXTS = ("txt", "text", "caption", "json")
 
 NO_IMAGE = "no image"
-NOT_UTF8 = "caption not UTF-8"
+NOT_UTF8 = "caption not UTF-8, or with NUL bytes (UTF-16?)"
 TOO_LARGE = "file too large"
 REPEATED = "replaced by a later member of the same name"
 FURTHER_IMAGE = "further image of a sample"
@@ -89,8 +89,8 @@ def _grouped(members: Iterable[Member], leave_out: LeaveOut) -> dict[str, list[t
     """Endings and members of each sample."""
     last: dict[str, Member] = {}
     for member in members:
-        if member.what == RESUMED:
-            leave_out(RESUMED, member.name)
+        if member.what in PLACES:
+            leave_out(member.what, member.name)
             continue
         name = _plain(member.name)
         if name in last:
@@ -165,7 +165,7 @@ def caption_of(content: bytes, is_json: bool) -> str:
       UnicodeError: it is no text.
     """
     if not is_json:
-        return content.decode()
+        return _without_nul(content.decode())
     try:
         found = json.loads(content)
     except UnicodeDecodeError:
@@ -176,4 +176,11 @@ def caption_of(content: bytes, is_json: bool) -> str:
     if not isinstance(caption, str):
         return ""
     caption.encode()  # JSON can write half of a surrogate pair
-    return caption
+    return _without_nul(caption)
+
+
+def _without_nul(text: str) -> str:
+    """A text as it is, refused where UTF-16 was taken for it; some programs end texts with NUL."""
+    if "\0" in text.rstrip("\0"):
+        raise UnicodeError("it holds NUL bytes")
+    return text

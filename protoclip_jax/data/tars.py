@@ -7,10 +7,12 @@ import glob
 import itertools
 import os
 import re
+from collections.abc import Iterable
 
 import numpy as np
 
 from protoclip_jax.data.decoding import NO_ACCESS, TRUNCATED, UnreadableImage
+from protoclip_jax.data.left_out import LeftOut
 from protoclip_jax.data.seen_files import SeenFiles
 from protoclip_jax.data.tar_index import digest_of, tar_index
 from protoclip_jax.data.tar_members import BLOCK, name_at
@@ -20,6 +22,13 @@ from protoclip_jax.storage.disks import patient
 from protoclip_jax.storage.paths import absolute, is_remote
 from protoclip_jax.storage.retries import Unreachable
 
+COMPRESSED = "compressed tar: unpack it (gunzip, unzstd)"
+BELOW = "folder with tars below the one that is named: only that one's are read"
+
+_COMPRESSED = re.compile(
+    r"\.(tar\.(gz|bz2|xz|zst|lz4|lzma|z|br)|t(gz|bz2?|xz|zst))$", re.IGNORECASE
+)
+_MOST_FOLDERS = 20  # looked into: each is a request where they are remote
 _NEAR = 2**16  # bytes between two parts of a remote tar that one request fetches with them
 
 
@@ -31,7 +40,7 @@ def tar_paths(spec: str) -> list[str]:
     if is_remote(spec):
         return _remote_tars(spec)
     if os.path.isdir(spec):
-        return sorted(glob.glob(os.path.join(glob.escape(spec), "*.tar")))
+        return [os.path.join(spec, name) for name in _tars_of(os.listdir(spec))]
     if not spec.lower().endswith(".tar"):
         return []
     if "*" in spec and not os.path.exists(spec):
@@ -40,14 +49,41 @@ def tar_paths(spec: str) -> list[str]:
 
 
 def _remote_tars(spec: str) -> list[str]:
-    folder, pattern = spec.rstrip("/"), "*.tar"
+    folder, pattern = spec.rstrip("/"), "*"
     if spec.lower().endswith(".tar"):
         if "*" not in spec.rpartition("/")[2]:
             return _expanded(spec)
         folder, _, pattern = spec.rpartition("/")
     elif spec.lower().endswith((".tsv", ".csv", ".txt")):
         return []
-    return [f"{folder}/{name}" for name in objects.listing(folder, pattern)]
+    return [f"{folder}/{name}" for name in _tars_of(objects.listing(folder, pattern))]
+
+
+def _tars_of(names: Iterable[str]) -> list[str]:
+    return sorted(name for name in names if name[:1] != "." and name.lower().endswith(".tar"))
+
+
+def unread_tars(spec: str) -> dict[str, LeftOut]:
+    """Tars that are near those of a folder, and not read, by reason."""
+    if is_remote(spec):
+        if spec.lower().endswith(".tar"):
+            return {}
+        entries = [(name, False) for name in objects.listing(spec.rstrip("/"))]
+        entries += [(name, True) for name in objects.folders(spec.rstrip("/"))]
+    elif os.path.isdir(spec):
+        with os.scandir(spec) as found:
+            entries = [(entry.name, entry.is_dir()) for entry in found]
+    else:
+        return {}
+    report: dict[str, LeftOut] = {}
+    for name in sorted(name for name, is_folder in entries if not is_folder):
+        if _COMPRESSED.search(name):
+            report.setdefault(COMPRESSED, LeftOut()).add(name)
+    folders = sorted(name for name, is_folder in entries if is_folder and name[:1] != ".")
+    for name in folders[:_MOST_FOLDERS]:
+        if below := tar_paths(f"{spec.rstrip('/')}/{name}"):
+            report.setdefault(BELOW, LeftOut()).add(f"{name}: {len(below)} tars")
+    return report
 
 
 def _expanded(spec: str) -> list[str]:
@@ -90,7 +126,8 @@ class TarPairs:
         self._path, self._entries, self._ends = index.path, index.entries, index.ends
         self._digests = dict(zip(self._tars, index.digests, strict=True))
         self._seen = SeenFiles(dict(zip(self._tars, index.states, strict=True)))
-        self.fingerprint, self.report = index.fingerprint, index.report
+        self.fingerprint = index.fingerprint
+        self.report = unread_tars(spec) | index.report
 
     def __getstate__(self):
         kept = () if self._path is None else ("_entries",)

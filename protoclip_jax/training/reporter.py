@@ -12,6 +12,7 @@ import numpy as np
 from protoclip_jax.config import Config
 from protoclip_jax.data.list_lines import Repeats
 from protoclip_jax.data.sources import PairSource, needless_limit
+from protoclip_jax.data.start_check import equal_captions
 from protoclip_jax.data.teacher import Teacher
 from protoclip_jax.data.unreadable import UnreadableLog
 from protoclip_jax.episodes.kmeans import Clusters
@@ -267,6 +268,8 @@ def source_lines(config: Config, source: PairSource, teacher: Teacher | None) ->
     ]
     if hasattr(source, "repeats") and not jax.process_index():  # one process tells the story
         lines += repeat_lines(source.repeats(), len(source))
+    if not jax.process_index() and (line := equal_captions(source)):
+        lines.append(line)
     if line := needless_limit(len(source), config.data.limit):
         lines.append(f"data.limit={config.data.limit:,}: {line}")
     if teacher is not None and teacher.note is None:

@@ -108,6 +108,8 @@ def plain_pair(line: bytes, separator: str, width: int) -> tuple[str, str] | Non
         text = line.decode().removesuffix("\r")
     except UnicodeDecodeError:
         return None
+    if "\0" in text:
+        return None
     quoted = separator != "\t" and '"' in text
     cells = parsed(text, separator) if quoted else text.split(separator)
     if isinstance(cells, str) or (not quoted and "\r" in text.rstrip("\r")):

@@ -13,6 +13,7 @@ import pytest
 from pair_files import caption, picture, write_shards, write_tar
 
 import protoclip_jax.data.tar_index as tar_index
+from protoclip_jax.data import tar_samples
 from protoclip_jax.data.left_out import shown
 from protoclip_jax.data.sources import PairSource, open_source, where
 from protoclip_jax.data.tar_members import members
@@ -125,7 +126,7 @@ def test_layouts_and_what_is_left_out(tmp_path):
         "no image": "2 (mixed.tar: x, mixed.tar: no_image)",
         "no caption": "5 (mixed.tar: x.seg.jpg, mixed.tar: no_caption.jpg, mixed.tar: number.jpg, "
         "mixed.tar: deep.jpg, mixed.tar: long.jpg)",
-        "caption not UTF-8": "2 (mixed.tar: latin.txt, mixed.tar: half.json)",
+        tar_samples.NOT_UTF8: "2 (mixed.tar: latin.txt, mixed.tar: half.json)",
         "file too large": "1 (mixed.tar: long.txt)",
         "hidden file": "1 (mixed.tar: dir.d/._one.jpg)",
         "neither image nor text by its ending": "2 (mixed.tar: dir/one.cls, mixed.tar: README)",
