@@ -24,6 +24,7 @@ from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+from protoclip_jax import signals
 from protoclip_jax.data import typed_values
 from protoclip_jax.data.source_options import WHAT, add_source_options, chosen_source
 from protoclip_jax.data.tfds_pairs import is_tfds
@@ -128,7 +129,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit code: 0, or 2 for what cannot be evaluated."""
+    """Runs the command; returns the exit code: 0, or 2 for what cannot be evaluated.
+
+    As a program it also ends with 75 after SIGTERM and with 130 after SIGINT.
+    """
     show_any_text()
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     parser = build_parser()
@@ -285,4 +289,4 @@ def _finite(values: Metrics) -> dict[str, float | None]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(signals.program(main))

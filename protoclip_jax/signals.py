@@ -100,6 +100,20 @@ def _handle(number: int, frame) -> None:
     _ending.listener(number)
 
 
+def program(main: Callable[[], int]) -> int:
+    """Runs a command that has nothing to save; its exit code, also where a signal ends it."""
+    install()
+    try:
+        with raised():
+            code = main()
+            over(code)
+    except Stopped as error:
+        code = error.code
+        over(code)
+        _say(b"\nstopped\n")
+    return code
+
+
 @contextlib.contextmanager
 def raised() -> Iterator[None]:
     """Inside, the first signal raises `Stopped`."""

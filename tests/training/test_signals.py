@@ -165,6 +165,10 @@ elif kind == "broken off":
         print("whole", end="")
         signals.over(error.code)
         sys.exit(error.code)
+elif kind == "program":
+    sys.exit(signals.program(lambda: (me(signal.SIGINT), time.sleep(20))))
+elif kind == "program that ends":
+    sys.exit(signals.program(lambda: 7))
 elif kind == "child":
     with signals.blocked():
         import subprocess
@@ -187,6 +191,8 @@ elif kind == "child":
         ("over", 2),
         ("late", 4),
         ("broken off", 75),
+        ("program", 130),
+        ("program that ends", 7),
         ("child", 0),
     ],
 )
