@@ -213,12 +213,20 @@ def _refuse_against_parity(values: dict[str, Any]) -> None:
 def from_flat(values: dict[str, Any]) -> Config:
     """The `Config` that `flatten` of its dict came from, as workdirs store it.
 
+    Options that they lack, as those of an earlier version do, have their defaults.
+
     Raises:
-      ConfigError: a value is of another type than its option.
+      ConfigError: an option is unknown, as to an earlier version than the one that stored it, or a
+        value is of another type than its option.
     """
     options = {name: (kind, optional) for name, kind, optional in option_types()}
-    known = {name: value for name, value in values.items() if name in options}
-    checked = {name: _checked(name, value, *options[name]) for name, value in known.items()}
+    for name in values:
+        if name not in options:
+            raise ConfigError(
+                f"the stored recipe has config.{name}={values[name]!r}, which this version does "
+                "not know: use the one that stored it (versions and commit are in recipe.json)"
+            )
+    checked = {name: _checked(name, value, *options[name]) for name, value in values.items()}
     return _build(Config, checked)
 
 

@@ -167,7 +167,13 @@ def test_single_flags_can_be_set_alone():
 
 def test_stored_recipe_comes_back_equal():
     config = resolve(recipe(optimizer__clip_norm="3"))
-    assert from_flat(flatten(dataclasses.asdict(config))) == config
+    stored = flatten(dataclasses.asdict(config))
+    assert from_flat(stored) == config
+    for name in ("episode.new", "new.seed", "data", "Seed"):
+        with pytest.raises(ConfigError, match=f"config.{name}=3, which this version does not know"):
+            from_flat(stored | {name: 3})
+    del stored["seed"]
+    assert from_flat(stored).seed == defaults().seed
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
