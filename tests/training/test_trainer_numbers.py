@@ -308,10 +308,12 @@ def test_parameters_statistics_and_moments_end_equal(both):
         assert adam.count == both.plain.optimizer.counts[group]
         for at, tree in enumerate((adam.mu, adam.nu)):
             for name, value in flat(tree).items():
+                expected = both.plain.optimizer.moments[name][at]
+                # Small ones are differences of terms like the largest, which float32 rounds.
+                atol = max(1e-6, 3e-5 * np.abs(expected).max())
                 np.testing.assert_allclose(
-                    value, both.plain.optimizer.moments[name][at], rtol=2e-3, atol=1e-6,
-                    err_msg=f"{name} moment {at + 1}",
-                )  # fmt: skip
+                    value, expected, rtol=2e-3, atol=atol, err_msg=f"{name} moment {at + 1}"
+                )
 
 
 @pytest.mark.usefixtures("tiny_models")
