@@ -155,7 +155,7 @@ def listen_to_the_model(run: Rehearsal, patched: pytest.MonkeyPatch) -> None:
         }
         return GRAPHDEF, params, {}
 
-    def start_weights(workdir, like):
+    def start_weights(workdir, like, config):
         run.hear("model.start", str(workdir))
         return jax.tree.map(
             lambda leaf: jnp.zeros(leaf.shape), {name: like[name] for name in ("params",)}

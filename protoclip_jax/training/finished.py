@@ -10,7 +10,7 @@ import json
 import jax
 
 from protoclip_jax import distributed
-from protoclip_jax.config import Config
+from protoclip_jax.config import Config, ConfigError
 from protoclip_jax.storage import objects
 from protoclip_jax.storage.atomic import write_json
 from protoclip_jax.storage.paths import AnyPath
@@ -24,6 +24,19 @@ def mark(workdir: AnyPath, config: Config) -> None:
     if jax.process_index() == 0:
         write_json(workdir / FILE, {"steps": config.total_steps, **record.meta(config)})
     distributed.barrier()
+
+
+def refuse_lost(workdir: AnyPath) -> None:
+    """For a run without checkpoints: refuses to begin over one that was over.
+
+    Raises:
+      ConfigError: the mark is there, so that there were checkpoints.
+    """
+    if objects.is_file(workdir / FILE):
+        raise ConfigError(
+            f"{workdir} is of a finished run, whose checkpoints are gone: to train anew would "
+            f"replace its numbers. Give another --workdir, or remove {FILE}"
+        )
 
 
 def is_marked(workdir: AnyPath, config: Config) -> bool:

@@ -21,7 +21,8 @@ def _print(text: str) -> None:
 class MetricLog:
     """Writes one line a call to `metrics.jsonl`, and the same numbers as TensorBoard events.
 
-    Lines of steps after `step` are dropped at the start: a run that resumes writes them again.
+    Lines of steps after `step` are dropped at the start: a run that resumes writes them again. One
+    that begins measures step 0 again, too.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class MetricLog:
         self._file = self._events = self._wandb = None
         if jax.process_index():
             return  # the numbers are the same on every process: the first one writes them
+        step = step or -1
         try:
             self._file = MetricFile(folder, step, say)
         except (ValueError, OSError) as error:

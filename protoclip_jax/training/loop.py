@@ -148,12 +148,13 @@ class Trainer:
         """
         found = self.checkpoints.newest_whole(self._read, self.progress.say)
         if found is None:
+            finished.refuse_lost(self.workdir)
             self.state = self.fresh()
             record.write(self.workdir, self.config)
             return 0, None
         done, (self.state, prepared) = found
-        if not objects.is_file(self.workdir / record.RECIPE_FILE):
-            record.write(self.workdir, self.config)  # somebody removed it; it says the same
+        if not objects.is_file(self.workdir / record.RECIPE_FILE):  # somebody removed it
+            record.write(self.workdir, self.config)
         return done, prepared
 
     def fresh(self) -> dict:
@@ -161,7 +162,7 @@ class Trainer:
         config = self.config
         if config.model.weights is None:
             return state.create(config, self.mesh)[1]
-        weights = start_weights(workdir_at(config.model.weights), self.like)
+        weights = start_weights(workdir_at(config.model.weights), self.like, config)
         return state.around(config, self.mesh, weights)
 
     def _read(self, done: int) -> tuple[dict, Prepared | None]:

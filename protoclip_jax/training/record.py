@@ -67,7 +67,9 @@ def read(workdir: AnyPath) -> dict:
         return found
     except FileNotFoundError:
         raise ConfigError(f"{workdir} is no workdir of a run: it has no {RECIPE_FILE}") from None
-    except (ValueError, RecursionError, IsADirectoryError, PermissionError) as error:
+    except PermissionError as error:
+        raise ConfigError(f"{path} cannot be read: give this user the right to") from error
+    except (ValueError, RecursionError, IsADirectoryError) as error:
         raise ConfigError(
             f"{path} is damaged ({error}): remove it, and the run's own command writes it again"
         ) from error

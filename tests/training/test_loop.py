@@ -1,5 +1,7 @@
 """The trainer, on runs of a few seconds."""
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -172,6 +174,11 @@ def test_start_tells_of_its_rows_and_a_change_is_refused_unless_harmless(pairs, 
     pairs.write_text(pairs.read_text().replace("number 3 ", "number 33 "))
     with pytest.raises(ConfigError, match="source: stored"):
         loop.train(config, workdir)
+    before = (workdir / "metrics.jsonl").read_text()
+    shutil.rmtree(workdir / "checkpoints")  # of a run that was over
+    with pytest.raises(ConfigError, match="is of a finished run, whose checkpoints are gone"):
+        loop.train(config, workdir)
+    assert (workdir / "metrics.jsonl").read_text() == before
 
 
 def test_episode_larger_than_the_source_is_refused_with_both_numbers(pairs, tmp_path):

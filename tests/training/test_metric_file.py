@@ -153,3 +153,12 @@ def test_tensorboard_reads_the_events(tmp_path):
     found = EventAccumulator(str(tmp_path)).Reload()
     values = {(event.step, event.value) for event in found.Scalars("loss/clip")}
     assert values == {(1, 1.0), (2, 2.0), (3, 30.0)}  # step 3 of the earlier process is hidden
+
+
+def test_a_run_that_begins_keeps_no_number_of_an_earlier_start(tmp_path):
+    """As one that was killed before its first checkpoint: it measures step 0 again."""
+    for step, left in ((0, []), (3, [0, 3])):
+        MetricFile(tmp_path, 9, print).close()
+        (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {n}}}\n' for n in (0, 3, 6)))
+        MetricLog(tmp_path, Config(), step).close()
+        assert steps(tmp_path) == left
