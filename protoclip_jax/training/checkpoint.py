@@ -8,6 +8,7 @@ takes what it needs: `params`, `batch_stats`, `opt_state`, `meta` (JSON), and in
 import contextlib
 import functools
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -19,17 +20,18 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jaxtyping import Array, UInt32
-from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from protoclip_jax import distributed
 from protoclip_jax.config import CheckpointConfig, ConfigError
 from protoclip_jax.storage import objects
 from protoclip_jax.storage.paths import absolute, is_remote, workdir_at
 from protoclip_jax.storage.retries import Unreachable, describe, may_pass, retried
+from protoclip_jax.training import retention
 
 ITEMS = ("params", "batch_stats", "opt_state")
 DAMAGED = "damaged"  # prefix of the folders that are passed over
 
+_OWN = ("checksum", "metrics")  # JSON values beside the caller's
 _LARGE = 2**20  # numbers of an array that is summed by itself
 
 
@@ -52,8 +54,10 @@ class Checkpoints:
           ConfigError: the bucket may not be used so.
           Unreachable: remote storage gave no answer for minutes.
         """
+        keep = keep or CheckpointConfig()
+        self._best = retention.Best(keep.best) if keep.best is not None else None
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=_policy(keep or CheckpointConfig(), steps_per_episode),
+            preservation_policy=retention.policy(keep, steps_per_episode, self._best),
             enable_async_checkpointing=True,
         )
         self._directory = workdir_at(absolute(workdir)) / "checkpoints"
@@ -76,6 +80,9 @@ class Checkpoints:
                 f"{text}. Needed are the rights to list, read, write and delete objects, and "
                 "storage.buckets.get"
             ) from error
+        if self._best is not None:
+            for step in self.all():
+                self._best.learn(step, self._metrics(step))
 
     def latest(self) -> int | None:
         """Number of the newest checkpoint, none when there is none; it may turn out damaged."""
@@ -121,18 +128,31 @@ class Checkpoints:
             trees["episode"] = episode
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         sums = {name: checksum(tree).tolist() for name, tree in trees.items()}
-        items["meta"] = ocp.args.JsonSave(meta | {"checksum": sums})
+        found = {n: float(value) for n, value in (metrics or {}).items() if math.isfinite(value)}
+        items["meta"] = ocp.args.JsonSave(meta | {"checksum": sums, "metrics": found})
+        if self._best is not None:
+            self._best.learn(step, found)
         with self._told():
-            self._manager.save(
-                step, args=ocp.args.Composite(**items), metrics=metrics or None, force=True
-            )
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def meta(self, step: int) -> dict:
         """The JSON values saved with a checkpoint."""
-        stored = self._manager.restore(
+        return {name: value for name, value in self._meta(step).items() if name not in _OWN}
+
+    def _meta(self, step: int) -> dict:
+        return self._manager.restore(
             step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
         ).meta
-        return {name: value for name, value in stored.items() if name != "checksum"}
+
+    def _metrics(self, step: int) -> dict[str, float]:
+        """Of a checkpoint's evaluation: none in a damaged one, or one of an earlier version."""
+        try:
+            found = self._meta(step)["metrics"]
+            return {name: float(value) for name, value in found.items()}
+        except Exception as error:  # damage shows as anything, and is told where it is read whole
+            if self._is_outage(error):  # else the best would be removed
+                raise Unreachable(f"{self._directory / str(step)}: {describe(error)}") from error
+            return {}
 
     def newest_whole(
         self, read: Callable[[int], Any], say: Callable[[str], None] = print
@@ -300,24 +320,6 @@ class Checkpoints:
                 return True
             error = error.__cause__
         return False
-
-
-def _policy(keep: CheckpointConfig, steps_per_episode: int):
-    """The newest `keep`, the best by a metric, and every k-th: whatever one of them keeps."""
-    policies = [preservation_policy.LatestN(n=keep.keep)]
-    if keep.best is not None:
-        sign = -1 if keep.best.startswith("-") else 1
-        name = keep.best.removeprefix("-")
-        policies.append(
-            preservation_policy.BestN(
-                get_metric_fn=lambda metrics: sign * metrics.get(name, float("-inf")),
-                n=1,
-                keep_checkpoints_without_metrics=False,
-            )
-        )
-    if keep.keep_every is not None:
-        policies.append(preservation_policy.EveryNSteps(keep.keep_every * steps_per_episode))
-    return preservation_policy.AnyPreservationPolicy(policies)
 
 
 def checksum(tree: Any) -> UInt32[np.ndarray, " leaves"]:

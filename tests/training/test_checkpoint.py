@@ -1,5 +1,7 @@
 """Checkpoints: the newest that reads back whole, whatever happened to the others."""
 
+import json
+import math
 import shutil
 import subprocess
 import sys
@@ -230,6 +232,69 @@ def test_least_is_best_for_a_metric_with_a_minus(tmp_path):
     checkpoints.wait()
     assert checkpoints.all() == [2, 3]
     checkpoints.close()
+
+
+def save_measured(workdir: Path, values: dict, best: str = "top1", keep: int = 1) -> list[int]:
+    """Opens the checkpoints, saves some with a value of the metric `top1`; which are left."""
+    checkpoints = Checkpoints(workdir, CheckpointConfig(keep=keep, best=best))
+    for step, value in values.items():
+        metrics = None if value is None else {"top1": value}
+        checkpoints.save(step, state_of(step), {}, metrics=metrics)
+    checkpoints.wait()
+    kept = checkpoints.all()
+    checkpoints.close()
+    return kept
+
+
+def test_the_best_is_known_after_a_restart(tmp_path):
+    assert save_measured(tmp_path, {1: 0.9, 2: 0.1, 3: 0.2}) == [1, 3]
+    assert save_measured(tmp_path, {4: None}) == [1, 4]
+    assert save_measured(tmp_path, {5: 0.95, 6: 0.3}) == [5, 6]
+    # Another metric, which none of them has, and the first one again, by its least value.
+    assert save_measured(tmp_path, {7: 0.1}, best="other", keep=3) == [5, 6, 7]
+    assert save_measured(tmp_path, {8: 0.2}, best="-top1") == [7, 8]
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.meta(7) == {}
+    checkpoints.close()
+
+
+def test_the_best_is_known_after_a_damaged_one_is_put_aside(tmp_path):
+    assert save_measured(tmp_path, {1: 0.5, 2: 0.9, 3: 0.1}) == [2, 3]
+    truncate(tmp_path / "checkpoints" / "3")
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep=1, best="top1"))
+    assert newest(checkpoints)[0] == 2
+    for step, value in ((3, 0.7), (4, 0.6)):
+        checkpoints.save(step, state_of(step), {}, metrics={"top1": value})
+    checkpoints.wait()
+    assert checkpoints.all() == [2, 4]
+    checkpoints.close()
+
+
+@pytest.mark.parametrize(("best", "finite"), [("top1", 5.0), ("-top1", 0.1)])
+def test_one_without_a_finite_value_is_never_the_best(tmp_path, best, finite):
+    others = {2: math.nan, 3: math.inf, 4: -math.inf, 5: None}
+    assert save_measured(tmp_path, {1: finite} | others, best) == [1, 5]
+    assert save_measured(tmp_path, {6: math.nan, 7: 1.0}, best) == [1, 7]
+
+
+def no_metrics(meta: dict) -> dict:
+    return {name: value for name, value in meta.items() if name != "metrics"}
+
+
+def words_for_metrics(meta: dict) -> dict:
+    return meta | {"metrics": {"top1": "many"}}
+
+
+@pytest.mark.parametrize("change", [no_metrics, words_for_metrics, lambda meta: []])
+def test_one_of_an_earlier_version_or_damaged_has_no_metrics_and_opens(tmp_path, change):
+    assert save_measured(tmp_path, {1: 0.9, 2: 0.5}, keep=2) == [1, 2]
+    rewrite_meta(tmp_path / "checkpoints" / "1", change)
+    assert save_measured(tmp_path, {3: 0.1}) == [2, 3]
+
+
+def rewrite_meta(folder: Path, change):
+    file = folder / "meta" / "metadata"
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
 
 
 def test_checksum_sees_a_bit_and_a_place_and_no_sharding():
