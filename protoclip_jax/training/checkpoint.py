@@ -31,7 +31,7 @@ from protoclip_jax.training import retention
 ITEMS = ("params", "batch_stats", "opt_state")
 DAMAGED = "damaged"  # prefix of the folders that are passed over
 
-_OWN = ("checksum", "metrics")  # JSON values beside the caller's
+_OWN = ("step", "checksum", "metrics")  # JSON values beside the caller's
 _LARGE = 2**20  # numbers of an array that is summed by itself
 
 
@@ -129,20 +129,24 @@ class Checkpoints:
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         sums = {name: checksum(tree).tolist() for name, tree in trees.items()}
         found = {n: float(value) for n, value in (metrics or {}).items() if math.isfinite(value)}
-        items["meta"] = ocp.args.JsonSave(meta | {"checksum": sums, "metrics": found})
+        own = {"step": int(step), "checksum": sums, "metrics": found}
+        items["meta"] = ocp.args.JsonSave(meta | own)
         if self._best is not None:
             self._best.learn(step, found)
         with self._told():
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def meta(self, step: int) -> dict:
-        """The JSON values saved with a checkpoint."""
+        """The JSON values saved with a checkpoint.
+
+        Raises:
+          ValueError: it is another checkpoint than its folder's name says.
+        """
         return {name: value for name, value in self._meta(step).items() if name not in _OWN}
 
     def _meta(self, step: int) -> dict:
-        return self._manager.restore(
-            step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
-        ).meta
+        arguments = ocp.args.Composite(meta=ocp.args.JsonRestore())
+        return _of_step(step, self._manager.restore(step, args=arguments).meta)
 
     def _metrics(self, step: int) -> dict[str, float]:
         """Of a checkpoint's evaluation: none in a damaged one, or one of an earlier version."""
@@ -263,8 +267,9 @@ class Checkpoints:
         arguments = {name: ocp.args.StandardRestore(tree) for name, tree in items.items()}
         arguments["meta"] = ocp.args.JsonRestore()
         restored = self._manager.restore(step, args=ocp.args.Composite(**arguments))
+        meta = _of_step(step, restored.meta)
         for name in items:
-            wanted = restored.meta["checksum"][name]
+            wanted = meta["checksum"][name]
             if checksum(restored[name]).tolist() != wanted:
                 raise ValueError(f"the numbers of {name} are not those that were saved")
         return {name: restored[name] for name in items}
@@ -320,6 +325,14 @@ class Checkpoints:
                 return True
             error = error.__cause__
         return False
+
+
+def _of_step(step: int, meta: dict) -> dict:
+    """The same JSON values, if they are of this step: a folder may have got another name."""
+    saved = meta.get("step", step)  # an earlier version did not write it
+    if saved != step:
+        raise ValueError(f"it is the checkpoint of step {saved}, renamed or copied")
+    return meta
 
 
 def checksum(tree: Any) -> UInt32[np.ndarray, " leaves"]:

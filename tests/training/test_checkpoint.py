@@ -76,6 +76,11 @@ def flip_a_bit(folder: Path):
     file.write_bytes(data)
 
 
+def rewrite_meta(folder: Path, change):
+    file = folder / "meta" / "metadata"
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+
+
 def empty(folder: Path):
     shutil.rmtree(folder)
     folder.mkdir()
@@ -110,6 +115,49 @@ def test_damaged_checkpoint_is_named_passed_over_and_kept(tmp_path, damage):
     step, state = newest(checkpoints)
     assert step == 20
     assert_state(state, 20)
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("way", [shutil.move, shutil.copytree])
+@pytest.mark.parametrize(("step", "name"), [(20, 500), (20, 21), (5, 30)])
+def test_one_under_another_number_is_passed_over_and_kept(tmp_path, way, step, name):
+    save_all(tmp_path, [5, 10, 20]).close()
+    folder, left = tmp_path / "checkpoints", [5, 10, 20]
+    way(folder / str(step), folder / str(name))
+    if way is shutil.move:
+        left.remove(step)
+    checkpoints, said = Checkpoints(tmp_path, CheckpointConfig(keep=10)), []
+    for read in (checkpoints.meta, lambda step: checkpoints.restore(step, state_of(0))):
+        with pytest.raises(ValueError, match=f"it is the checkpoint of step {step}, renamed or"):
+            read(name)
+    number, state = newest(checkpoints, said)
+    assert number == left[-1]
+    assert_state(state, number)
+    reason = f"(ValueError: it is the checkpoint of step {step}, renamed or copied)"
+    assert said == [f"checkpoints/{name} cannot be read: passed over {reason}"]
+    checkpoints.save(40, state_of(40), {})
+    checkpoints.wait()
+    assert checkpoints.all() == [*left, 40]
+    assert (folder / f"damaged-{name}" / "params").is_dir()
+    checkpoints.close()
+
+
+def test_the_best_under_another_number_is_not_the_best(tmp_path):
+    assert save_measured(tmp_path, {1: 0.9, 2: 0.5, 3: 0.1}, keep=3) == [1, 2, 3]
+    shutil.move(tmp_path / "checkpoints" / "1", tmp_path / "checkpoints" / "0")
+    assert save_measured(tmp_path, {4: 0.2}) == [2, 4]
+
+
+def test_one_of_an_earlier_version_says_no_number_and_is_read(tmp_path):
+    save_all(tmp_path, [5]).close()
+    rewrite_meta(
+        tmp_path / "checkpoints" / "5", lambda meta: {"checksum": meta["checksum"], "number": 5}
+    )
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.meta(5) == {"number": 5}
+    number, state = newest(checkpoints)
+    assert number == 5
+    assert_state(state, 5)
     checkpoints.close()
 
 
@@ -290,11 +338,6 @@ def test_one_of_an_earlier_version_or_damaged_has_no_metrics_and_opens(tmp_path,
     assert save_measured(tmp_path, {1: 0.9, 2: 0.5}, keep=2) == [1, 2]
     rewrite_meta(tmp_path / "checkpoints" / "1", change)
     assert save_measured(tmp_path, {3: 0.1}) == [2, 3]
-
-
-def rewrite_meta(folder: Path, change):
-    file = folder / "meta" / "metadata"
-    file.write_text(json.dumps(change(json.loads(file.read_text()))))
 
 
 def test_checksum_sees_a_bit_and_a_place_and_no_sharding():
