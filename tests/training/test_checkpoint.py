@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from protoclip_jax.config import CheckpointConfig, ConfigError
-from protoclip_jax.training.checkpoint import Checkpoints, checksum
+from protoclip_jax.training.checkpoint import CheckpointError, Checkpoints
+from protoclip_jax.training.checksum import checksum
 
 pytestmark = pytest.mark.core
 
@@ -201,6 +203,57 @@ def test_newest_is_the_largest_number_and_stray_names_are_ignored(tmp_path):
 def test_empty_workdir_has_none(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     assert newest(checkpoints) is None
+    checkpoints.close()
+
+
+def a_file(place: Path):
+    place.write_text("")
+
+
+def a_link_to_nothing(place: Path):
+    place.symlink_to(place.with_name("nothing"))
+
+
+def a_link_to_a_file(place: Path):
+    place.with_name("file").write_text("")
+    place.symlink_to(place.with_name("file"))
+
+
+@pytest.mark.parametrize("make", [a_file, a_link_to_nothing, a_link_to_a_file])
+@pytest.mark.parametrize("keep", [None, CheckpointConfig()])
+def test_what_is_no_folder_is_refused_at_the_start(tmp_path, make, keep):
+    make(tmp_path / "checkpoints")
+    with pytest.raises(ConfigError, match=r"kept in .*checkpoints: .* is no folder\. Move") as told:
+        Checkpoints(tmp_path, keep)
+    assert "\n" not in str(told.value)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_for_a_run_and_read(tmp_path, monkeypatch):
+    save_all(tmp_path, [10]).close()
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(ConfigError, match="checkpoints cannot be written"):
+        Checkpoints(tmp_path, CheckpointConfig())
+    checkpoints = Checkpoints(tmp_path)
+    assert newest(checkpoints)[0] == 10
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("before", [[], [1], [1, 2]])
+@pytest.mark.parametrize("opened_again", [True, False])
+def test_older_ones_are_spoken_of_where_there_are_any(tmp_path, monkeypatch, before, opened_again):
+    checkpoints = save_all(tmp_path, before, keep=1)
+    if opened_again:
+        checkpoints.close()
+        checkpoints = Checkpoints(tmp_path)
+
+    def fail(*_, **__):
+        raise OSError("no")
+
+    monkeypatch.setattr(checkpoints._manager, "save", fail)
+    with pytest.raises(CheckpointError, match="cannot write a checkpoint to ") as told:
+        checkpoints.save(3, state_of(3), {})
+    assert ("the older ones are intact" in str(told.value)) == bool(before)
+    assert str(told.value).endswith("goes on from the newest" if before else "starts again")
     checkpoints.close()
 
 
