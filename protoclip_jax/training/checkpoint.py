@@ -67,13 +67,20 @@ class Checkpoints:
         )
         self._damaged: list[int] = []
         self._unfinished: list[str] = []
+        self._manager = self._opened(options)
+        self._written = bool(self.all())  # one at least is on disk
+        self._started = False  # the save of another
+        if self._best is not None:
+            for step in self.all():
+                self._best.learn(step, self._metrics(step))
+
+    def _opened(self, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
+        """Orbax's face of the folder; raises as `__init__`."""
         # Named, so that a fresh process knows what each item is before it reads it.
         handlers = {name: ocp.StandardCheckpointHandler() for name in (*ITEMS, "episode")}
         handlers["meta"] = ocp.JsonCheckpointHandler()
         try:
-            self._manager = ocp.CheckpointManager(
-                self._directory, options=options, item_handlers=handlers
-            )
+            return ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
         except Exception as error:
             if not is_remote(self._directory) or isinstance(error, ConfigError):
                 raise
@@ -84,11 +91,6 @@ class Checkpoints:
                 f"{text}. Needed are the rights to list, read, write and delete objects, and "
                 "storage.buckets.get"
             ) from error
-        self._written = bool(self.all())  # one at least is on disk
-        self._started = False  # the save of another
-        if self._best is not None:
-            for step in self.all():
-                self._best.learn(step, self._metrics(step))
 
     def latest(self) -> int | None:
         """Number of the newest checkpoint, none when there is none; it may turn out damaged."""
