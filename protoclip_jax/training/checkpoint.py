@@ -8,29 +8,29 @@ takes what it needs: `params`, `batch_stats`, `opt_state`, `meta` (JSON), and in
 import contextlib
 import functools
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jaxtyping import Array, UInt32
-from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from protoclip_jax import distributed
 from protoclip_jax.config import CheckpointConfig, ConfigError
 from protoclip_jax.storage import objects
-from protoclip_jax.storage.paths import absolute, is_remote, workdir_at
+from protoclip_jax.storage.paths import AnyPath, absolute, check_writable, is_remote, workdir_at
 from protoclip_jax.storage.retries import Unreachable, describe, may_pass, retried
+from protoclip_jax.training import retention
+from protoclip_jax.training.checksum import checksum
 
 ITEMS = ("params", "batch_stats", "opt_state")
 DAMAGED = "damaged"  # prefix of the folders that are passed over
 
-_LARGE = 2**20  # numbers of an array that is summed by itself
+_OWN = ("step", "checksum", "metrics")  # JSON values beside the caller's
 
 
 class CheckpointError(RuntimeError):
@@ -48,24 +48,39 @@ class Checkpoints:
     ):
         """Opens them; nothing is removed before the next save.
 
+        Args:
+          workdir: of a run.
+          keep: which of them stay at a save; none = as a rule they are only read.
+          steps_per_episode: for `keep.keep_every`.
+
         Raises:
-          ConfigError: the bucket may not be used so.
+          ConfigError: the folder or the bucket may not be used so.
           Unreachable: remote storage gave no answer for minutes.
         """
+        self._directory = workdir_at(absolute(workdir)) / "checkpoints"
+        _check_folder(self._directory, written=keep is not None)
+        keep = keep or CheckpointConfig()
+        self._best = retention.Best(keep.best) if keep.best is not None else None
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=_policy(keep or CheckpointConfig(), steps_per_episode),
+            preservation_policy=retention.policy(keep, steps_per_episode, self._best),
             enable_async_checkpointing=True,
         )
-        self._directory = workdir_at(absolute(workdir)) / "checkpoints"
         self._damaged: list[int] = []
         self._unfinished: list[str] = []
+        self._manager = self._opened(options)
+        self._written = bool(self.all())  # one at least is on disk
+        self._started = False  # the save of another
+        if self._best is not None:
+            for step in self.all():
+                self._best.learn(step, self._metrics(step))
+
+    def _opened(self, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
+        """Orbax's face of the folder; raises as `__init__`."""
         # Named, so that a fresh process knows what each item is before it reads it.
         handlers = {name: ocp.StandardCheckpointHandler() for name in (*ITEMS, "episode")}
         handlers["meta"] = ocp.JsonCheckpointHandler()
         try:
-            self._manager = ocp.CheckpointManager(
-                self._directory, options=options, item_handlers=handlers
-            )
+            return ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
         except Exception as error:
             if not is_remote(self._directory) or isinstance(error, ConfigError):
                 raise
@@ -121,18 +136,37 @@ class Checkpoints:
             trees["episode"] = episode
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         sums = {name: checksum(tree).tolist() for name, tree in trees.items()}
-        items["meta"] = ocp.args.JsonSave(meta | {"checksum": sums})
+        found = {n: float(value) for n, value in (metrics or {}).items() if math.isfinite(value)}
+        own = {"step": int(step), "checksum": sums, "metrics": found}
+        items["meta"] = ocp.args.JsonSave(meta | own)
+        if self._best is not None:
+            self._best.learn(step, found)
+        self.wait()  # for the one before
         with self._told():
-            self._manager.save(
-                step, args=ocp.args.Composite(**items), metrics=metrics or None, force=True
-            )
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        self._started = True
 
     def meta(self, step: int) -> dict:
-        """The JSON values saved with a checkpoint."""
-        stored = self._manager.restore(
-            step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
-        ).meta
-        return {name: value for name, value in stored.items() if name != "checksum"}
+        """The JSON values saved with a checkpoint.
+
+        Raises:
+          ValueError: it is another checkpoint than its folder's name says.
+        """
+        return {name: value for name, value in self._meta(step).items() if name not in _OWN}
+
+    def _meta(self, step: int) -> dict:
+        arguments = ocp.args.Composite(meta=ocp.args.JsonRestore())
+        return _of_step(step, self._manager.restore(step, args=arguments).meta)
+
+    def _metrics(self, step: int) -> dict[str, float]:
+        """Of a checkpoint's evaluation: none in a damaged one, or one of an earlier version."""
+        try:
+            found = self._meta(step)["metrics"]
+            return {name: float(value) for name, value in found.items()}
+        except Exception as error:  # damage shows as anything, and is told where it is read whole
+            if self._is_outage(error):  # else the best would be removed
+                raise Unreachable(f"{self._directory / str(step)}: {describe(error)}") from error
+            return {}
 
     def newest_whole(
         self, read: Callable[[int], Any], say: Callable[[str], None] = print
@@ -243,8 +277,9 @@ class Checkpoints:
         arguments = {name: ocp.args.StandardRestore(tree) for name, tree in items.items()}
         arguments["meta"] = ocp.args.JsonRestore()
         restored = self._manager.restore(step, args=ocp.args.Composite(**arguments))
+        meta = _of_step(step, restored.meta)
         for name in items:
-            wanted = restored.meta["checksum"][name]
+            wanted = meta["checksum"][name]
             if checksum(restored[name]).tolist() != wanted:
                 raise ValueError(f"the numbers of {name} are not those that were saved")
         return {name: restored[name] for name in items}
@@ -261,6 +296,7 @@ class Checkpoints:
         """
         with self._told():
             self._manager.wait_until_finished()
+        self._written, self._started = self._written or self._started, False
 
     def close(self) -> None:
         """Waits and releases the writer.
@@ -278,18 +314,18 @@ class Checkpoints:
             yield
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+            older = "the older ones are intact; " if self._written else ""
             if self._is_outage(error):
-                raise Unreachable(
-                    f"no checkpoint could be written to {self._directory}: {reason}; the older "
-                    "ones are intact"
-                ) from error
+                text = f"no checkpoint could be written to {self._directory}: {reason}; {older}"
+                raise Unreachable(text.removesuffix("; ")) from error
             room, what = "", "see to it"
             if not is_remote(self._directory):
                 room = f" ({shutil.disk_usage(self._directory).free / 1e9:.1f} GB free)"
                 what = "make room"
+            again = "goes on from the newest" if self._written else "starts again"
             raise CheckpointError(
-                f"cannot write a checkpoint to {self._directory}{room}: {reason}. The older ones "
-                f"are intact; {what}, then the same command goes on from the newest"
+                f"cannot write a checkpoint to {self._directory}{room}: {reason}; {older}{what}, "
+                f"then the same command {again}"
             ) from error
 
     def _is_outage(self, error: BaseException | None) -> bool:
@@ -302,51 +338,27 @@ class Checkpoints:
         return False
 
 
-def _policy(keep: CheckpointConfig, steps_per_episode: int):
-    """The newest `keep`, the best by a metric, and every k-th: whatever one of them keeps."""
-    policies = [preservation_policy.LatestN(n=keep.keep)]
-    if keep.best is not None:
-        sign = -1 if keep.best.startswith("-") else 1
-        name = keep.best.removeprefix("-")
-        policies.append(
-            preservation_policy.BestN(
-                get_metric_fn=lambda metrics: sign * metrics.get(name, float("-inf")),
-                n=1,
-                keep_checkpoints_without_metrics=False,
-            )
-        )
-    if keep.keep_every is not None:
-        policies.append(preservation_policy.EveryNSteps(keep.keep_every * steps_per_episode))
-    return preservation_policy.AnyPreservationPolicy(policies)
+def _check_folder(directory: AnyPath, written: bool) -> None:
+    """Refuses what is no folder, or none to write to, before anything is trained."""
+    if is_remote(directory):
+        return
+    try:
+        if written:
+            check_writable(directory)
+        elif os.path.lexists(directory) and not directory.is_dir():
+            raise ValueError(f"{directory}: it is no folder")
+    except ValueError as error:
+        raise ConfigError(
+            f"checkpoints cannot be kept in {error}. Move it away, or give another --workdir"
+        ) from error
 
 
-def checksum(tree: Any) -> UInt32[np.ndarray, " leaves"]:
-    """A number for each array of a tree, by order of its leaves, that a damaged bit changes.
-
-    Integer sums on the devices, so that it is the same for any sharding, and fast.
-    """
-    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)]
-    # XLA for CPUs holds a copy of all that one program sums: large arrays have one each.
-    large = [number for number, leaf in enumerate(leaves) if leaf.size >= _LARGE]
-    small = [number for number, leaf in enumerate(leaves) if leaf.size < _LARGE]
-    sums = np.zeros(len(leaves), np.uint32)
-    for numbers in filter(None, (*([number] for number in large), small)):
-        sums[numbers] = _checksums([leaves[number] for number in numbers])
-    return sums
-
-
-@jax.jit
-def _checksums(leaves: list[Array]) -> UInt32[Array, " leaves"]:
-    return jnp.stack([_checksum_of(leaf) for leaf in leaves])
-
-
-def _checksum_of(leaf: Array) -> UInt32[Array, ""]:
-    words = jax.lax.bitcast_convert_type(leaf, jnp.uint32)
-    # An odd weight by place: moved numbers count too, and no bit is lost.
-    place = jnp.zeros(words.shape, jnp.uint32)
-    for axis, size in enumerate(words.shape):
-        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-    return jnp.sum(words * (2 * place + 1), dtype=jnp.uint32)
+def _of_step(step: int, meta: dict) -> dict:
+    """The same JSON values, if they are of this step: a folder may have got another name."""
+    saved = meta.get("step", step)  # an earlier version did not write it
+    if saved != step:
+        raise ValueError(f"it is the checkpoint of step {saved}, renamed or copied")
+    return meta
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -58,13 +58,15 @@ class Evaluator:
         )
 
     def table(self, workdir: Path) -> str | None:
-        """The newest evaluation beside the untrained model's and chance, or None without one."""
-        metrics = [
-            {name: value for name, value in line.items() if isinstance(value, float)}
-            for line in read_metrics(workdir)
-            if "zero_shot/top1" in line
-        ]
-        if self._sources is None or not metrics:
+        """The newest evaluation beside chance and, if step 0 was logged, the untrained model's.
+
+        None without an evaluation.
+        """
+        columns = {}
+        for line in read_metrics(workdir):
+            if "zero_shot/top1" in line:
+                title = "trained" if line["step"] else "untrained"
+                columns[title] = {n: value for n, value in line.items() if isinstance(value, float)}
+        if self._sources is None or not columns:
             return None
-        columns = {"untrained": metrics[0], "trained": metrics[-1]}
         return comparison_table(columns, suite.chance(*self._sources))

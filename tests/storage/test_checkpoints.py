@@ -114,6 +114,23 @@ def test_an_outage_is_no_damage(bucket, no_waiting):
     checkpoints.close()
 
 
+def test_an_outage_does_not_lose_the_best(bucket, no_waiting):
+    url, keep = f"{bucket.url}/run", CheckpointConfig(keep=1, best="top1")
+    checkpoints = Checkpoints(url, keep)
+    for step, value in ((1, 0.9), (2, 0.1)):
+        checkpoints.save(step, state_of(step), {}, metrics={"top1": value})
+    checkpoints.close()
+    with (
+        bucket.faults({"method": "GET", "contains": "checkpoints/1/meta", "status": 503}),
+        pytest.raises(Unreachable, match=r"checkpoints/1: .*503"),
+    ):
+        Checkpoints(url, keep)
+    checkpoints = Checkpoints(url, keep)
+    save(checkpoints, 3)
+    assert checkpoints.all() == [1, 3]
+    checkpoints.close()
+
+
 def test_a_bucket_without_rights_is_told_in_a_line(bucket):
     checkpoints = opened(bucket)
     save(checkpoints, 1)

@@ -1,5 +1,8 @@
 """Checkpoints: the newest that reads back whole, whatever happened to the others."""
 
+import json
+import math
+import os
 import shutil
 import subprocess
 import sys
@@ -13,7 +16,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from protoclip_jax.config import CheckpointConfig, ConfigError
-from protoclip_jax.training.checkpoint import Checkpoints, checksum
+from protoclip_jax.training.checkpoint import CheckpointError, Checkpoints
+from protoclip_jax.training.checksum import checksum
 
 pytestmark = pytest.mark.core
 
@@ -74,6 +78,11 @@ def flip_a_bit(folder: Path):
     file.write_bytes(data)
 
 
+def rewrite_meta(folder: Path, change):
+    file = folder / "meta" / "metadata"
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+
+
 def empty(folder: Path):
     shutil.rmtree(folder)
     folder.mkdir()
@@ -108,6 +117,49 @@ def test_damaged_checkpoint_is_named_passed_over_and_kept(tmp_path, damage):
     step, state = newest(checkpoints)
     assert step == 20
     assert_state(state, 20)
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("way", [shutil.move, shutil.copytree])
+@pytest.mark.parametrize(("step", "name"), [(20, 500), (20, 21), (5, 30)])
+def test_one_under_another_number_is_passed_over_and_kept(tmp_path, way, step, name):
+    save_all(tmp_path, [5, 10, 20]).close()
+    folder, left = tmp_path / "checkpoints", [5, 10, 20]
+    way(folder / str(step), folder / str(name))
+    if way is shutil.move:
+        left.remove(step)
+    checkpoints, said = Checkpoints(tmp_path, CheckpointConfig(keep=10)), []
+    for read in (checkpoints.meta, lambda step: checkpoints.restore(step, state_of(0))):
+        with pytest.raises(ValueError, match=f"it is the checkpoint of step {step}, renamed or"):
+            read(name)
+    number, state = newest(checkpoints, said)
+    assert number == left[-1]
+    assert_state(state, number)
+    reason = f"(ValueError: it is the checkpoint of step {step}, renamed or copied)"
+    assert said == [f"checkpoints/{name} cannot be read: passed over {reason}"]
+    checkpoints.save(40, state_of(40), {})
+    checkpoints.wait()
+    assert checkpoints.all() == [*left, 40]
+    assert (folder / f"damaged-{name}" / "params").is_dir()
+    checkpoints.close()
+
+
+def test_the_best_under_another_number_is_not_the_best(tmp_path):
+    assert save_measured(tmp_path, {1: 0.9, 2: 0.5, 3: 0.1}, keep=3) == [1, 2, 3]
+    shutil.move(tmp_path / "checkpoints" / "1", tmp_path / "checkpoints" / "0")
+    assert save_measured(tmp_path, {4: 0.2}) == [2, 4]
+
+
+def test_one_of_an_earlier_version_says_no_number_and_is_read(tmp_path):
+    save_all(tmp_path, [5]).close()
+    rewrite_meta(
+        tmp_path / "checkpoints" / "5", lambda meta: {"checksum": meta["checksum"], "number": 5}
+    )
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.meta(5) == {"number": 5}
+    number, state = newest(checkpoints)
+    assert number == 5
+    assert_state(state, 5)
     checkpoints.close()
 
 
@@ -151,6 +203,57 @@ def test_newest_is_the_largest_number_and_stray_names_are_ignored(tmp_path):
 def test_empty_workdir_has_none(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     assert newest(checkpoints) is None
+    checkpoints.close()
+
+
+def a_file(place: Path):
+    place.write_text("")
+
+
+def a_link_to_nothing(place: Path):
+    place.symlink_to(place.with_name("nothing"))
+
+
+def a_link_to_a_file(place: Path):
+    place.with_name("file").write_text("")
+    place.symlink_to(place.with_name("file"))
+
+
+@pytest.mark.parametrize("make", [a_file, a_link_to_nothing, a_link_to_a_file])
+@pytest.mark.parametrize("keep", [None, CheckpointConfig()])
+def test_what_is_no_folder_is_refused_at_the_start(tmp_path, make, keep):
+    make(tmp_path / "checkpoints")
+    with pytest.raises(ConfigError, match=r"kept in .*checkpoints: .* is no folder\. Move") as told:
+        Checkpoints(tmp_path, keep)
+    assert "\n" not in str(told.value)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_for_a_run_and_read(tmp_path, monkeypatch):
+    save_all(tmp_path, [10]).close()
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(ConfigError, match="checkpoints cannot be written"):
+        Checkpoints(tmp_path, CheckpointConfig())
+    checkpoints = Checkpoints(tmp_path)
+    assert newest(checkpoints)[0] == 10
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("before", [[], [1], [1, 2]])
+@pytest.mark.parametrize("opened_again", [True, False])
+def test_older_ones_are_spoken_of_where_there_are_any(tmp_path, monkeypatch, before, opened_again):
+    checkpoints = save_all(tmp_path, before, keep=1)
+    if opened_again:
+        checkpoints.close()
+        checkpoints = Checkpoints(tmp_path)
+
+    def fail(*_, **__):
+        raise OSError("no")
+
+    monkeypatch.setattr(checkpoints._manager, "save", fail)
+    with pytest.raises(CheckpointError, match="cannot write a checkpoint to ") as told:
+        checkpoints.save(3, state_of(3), {})
+    assert ("the older ones are intact" in str(told.value)) == bool(before)
+    assert str(told.value).endswith("goes on from the newest" if before else "starts again")
     checkpoints.close()
 
 
@@ -230,6 +333,64 @@ def test_least_is_best_for_a_metric_with_a_minus(tmp_path):
     checkpoints.wait()
     assert checkpoints.all() == [2, 3]
     checkpoints.close()
+
+
+def save_measured(workdir: Path, values: dict, best: str = "top1", keep: int = 1) -> list[int]:
+    """Opens the checkpoints, saves some with a value of the metric `top1`; which are left."""
+    checkpoints = Checkpoints(workdir, CheckpointConfig(keep=keep, best=best))
+    for step, value in values.items():
+        metrics = None if value is None else {"top1": value}
+        checkpoints.save(step, state_of(step), {}, metrics=metrics)
+    checkpoints.wait()
+    kept = checkpoints.all()
+    checkpoints.close()
+    return kept
+
+
+def test_the_best_is_known_after_a_restart(tmp_path):
+    assert save_measured(tmp_path, {1: 0.9, 2: 0.1, 3: 0.2}) == [1, 3]
+    assert save_measured(tmp_path, {4: None}) == [1, 4]
+    assert save_measured(tmp_path, {5: 0.95, 6: 0.3}) == [5, 6]
+    # Another metric, which none of them has, and the first one again, by its least value.
+    assert save_measured(tmp_path, {7: 0.1}, best="other", keep=3) == [5, 6, 7]
+    assert save_measured(tmp_path, {8: 0.2}, best="-top1") == [7, 8]
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.meta(7) == {}
+    checkpoints.close()
+
+
+def test_the_best_is_known_after_a_damaged_one_is_put_aside(tmp_path):
+    assert save_measured(tmp_path, {1: 0.5, 2: 0.9, 3: 0.1}) == [2, 3]
+    truncate(tmp_path / "checkpoints" / "3")
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep=1, best="top1"))
+    assert newest(checkpoints)[0] == 2
+    for step, value in ((3, 0.7), (4, 0.6)):
+        checkpoints.save(step, state_of(step), {}, metrics={"top1": value})
+    checkpoints.wait()
+    assert checkpoints.all() == [2, 4]
+    checkpoints.close()
+
+
+@pytest.mark.parametrize(("best", "finite"), [("top1", 5.0), ("-top1", 0.1)])
+def test_one_without_a_finite_value_is_never_the_best(tmp_path, best, finite):
+    others = {2: math.nan, 3: math.inf, 4: -math.inf, 5: None}
+    assert save_measured(tmp_path, {1: finite} | others, best) == [1, 5]
+    assert save_measured(tmp_path, {6: math.nan, 7: 1.0}, best) == [1, 7]
+
+
+def no_metrics(meta: dict) -> dict:
+    return {name: value for name, value in meta.items() if name != "metrics"}
+
+
+def words_for_metrics(meta: dict) -> dict:
+    return meta | {"metrics": {"top1": "many"}}
+
+
+@pytest.mark.parametrize("change", [no_metrics, words_for_metrics, lambda meta: []])
+def test_one_of_an_earlier_version_or_damaged_has_no_metrics_and_opens(tmp_path, change):
+    assert save_measured(tmp_path, {1: 0.9, 2: 0.5}, keep=2) == [1, 2]
+    rewrite_meta(tmp_path / "checkpoints" / "1", change)
+    assert save_measured(tmp_path, {3: 0.1}) == [2, 3]
 
 
 def test_checksum_sees_a_bit_and_a_place_and_no_sharding():

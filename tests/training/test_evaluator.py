@@ -48,6 +48,23 @@ def test_table_has_the_first_and_the_newest_evaluation(made, workdir):
     assert row.split()[-6::2] == ["1.25", "9.50", "0.62"]
 
 
+@pytest.mark.parametrize(
+    ("lines", "titles", "cells"),
+    [
+        (LINES[3:], ["trained"], ["9.50"]),  # of a log that was removed during the run
+        (LINES[2:], ["trained"], ["9.50"]),
+        (LINES[:1], ["untrained"], ["1.25"]),
+        (LINES[:1] * 2 + LINES[3:4], ["untrained", "trained"], ["1.25", "9.50"]),
+    ],
+)
+def test_only_step_0_is_untrained(made, tmp_path, lines, titles, cells):
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    table = made("emoji_text").table(tmp_path)
+    assert table.splitlines()[0].split() == [*titles, "chance"]
+    (row,) = [line for line in table.splitlines() if "top 1" in line]
+    assert row.split()[-2 * len(titles) - 2 :: 2] == [*cells, "0.62"]
+
+
 def test_a_step_is_measured_where_its_evaluation_is_logged(made, workdir):
     found = made("emoji_text")
     assert [found.measured(workdir, step) for step in (0, 3, 5, 6, 9)] == [

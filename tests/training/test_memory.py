@@ -9,7 +9,7 @@ import pytest
 from compilations import counted
 from tiny_run import small_config, tiny_models, write_pairs  # noqa: F401 (a fixture)
 
-from protoclip_jax.training import checkpoint, loop, state
+from protoclip_jax.training import checkpoint, checksum, loop, state
 from protoclip_jax.training.phases import phase_of
 from protoclip_jax.training.stopwatch import Stopwatch
 
@@ -129,16 +129,16 @@ def test_checksums_hold_no_copy_of_the_whole(monkeypatch):
     rng = np.random.default_rng(0)
     shapes = ((1024, 1024), (7,), (2, 2048, 512), (), (3, 1), (1024, 1024))
     arrays = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
-    apart = [int(checkpoint.checksum([array])[0]) for array in arrays]
-    compiled, held = checkpoint._checksums, []
+    apart = [int(checksum.checksum([array])[0]) for array in arrays]
+    compiled, held = checksum._checksums, []
 
     def noting(leaves):
         held.append(compiled.lower(leaves).compile().memory_analysis().temp_size_in_bytes)
         return compiled(leaves)
 
-    monkeypatch.setattr(checkpoint, "_checksums", noting)
-    assert checkpoint.checksum(arrays).tolist() == apart
+    monkeypatch.setattr(checksum, "_checksums", noting)
+    assert checksum.checksum(arrays).tolist() == apart
     assert len(set(apart)) == len(apart)
     assert len(held) == 4
     assert max(held) <= 1.1 * arrays[2].nbytes
-    assert checkpoint.checksum({}).shape == (0,)
+    assert checksum.checksum({}).shape == (0,)
