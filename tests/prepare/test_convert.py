@@ -213,6 +213,35 @@ def test_another_list_in_the_same_folder_is_refused(tmp_path, capsys):
     assert "fingerprint" in capsys.readouterr().err
 
 
+def zeroed(shard: Path) -> None:
+    shard.write_bytes(bytes(shard.stat().st_size))
+
+
+def exchanged(shard: Path) -> None:
+    other = shard.with_name(shard.name.replace("-00001-", "-00000-"))
+    content = shard.read_bytes()
+    shard.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+
+
+def with_other_bytes(shard: Path) -> None:
+    data = bytearray(shard.read_bytes())
+    data[data.index(picture(4)) + 30] ^= 1
+    shard.write_bytes(data)
+
+
+@pytest.mark.parametrize("change", [zeroed, exchanged, with_other_bytes, Path.unlink])
+def test_a_finished_shard_that_is_another_now_is_made_again(tmp_path, capsys, change):
+    source = open_source(write_list(tmp_path / "list", 9))
+    settings, out = ConvertSettings(shard_rows=3), tmp_path / "set"
+    meta = convert(source, out, settings, progress=False)
+    change(out / "pairs-00001-of-00003.array_record")
+    capsys.readouterr()
+    assert convert(source, out, settings, progress=False) == meta
+    assert "all 3 shards are there" not in capsys.readouterr().out
+    assert_all_rows(out, 9, {})
+
+
 def test_folders_of_others_and_two_at_once_are_refused(tmp_path, capsys):
     path = write_list(tmp_path / "list", 3)
     assert main(["convert", path, "--out", str(tmp_path / "list")]) == 2
