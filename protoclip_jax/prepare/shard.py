@@ -76,6 +76,7 @@ def is_finished(out: Path, number: int, count: int, rows: tuple[int, int]) -> bo
             outcome["file"] == shard.name  # a damaged one might name a file elsewhere
             and tuple(outcome["rows"]) == rows
             and all(type(outcome[number]) is int for number in ("pairs", "bytes"))
+            and isinstance(unreadable, list)
             and outcome["pairs"] + len(unreadable) == rows[1] - rows[0]
             and all(
                 isinstance(reason, str) and isinstance(name, str) for _, reason, name in unreadable
