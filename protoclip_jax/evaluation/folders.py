@@ -61,7 +61,8 @@ def open_folder(
     looked at, and what is no picture by its ending, or lies beside the folders, is told. Links are
     followed; those that lead nowhere count as unreadable, or are told.
 
-    Class names are matched with folders **by name**; capitals, `_`, `-` and spaces do not matter:
+    Class names are matched with folders **by name**; capitals, `_`, `-`, spaces and how accented
+    letters are composed do not matter:
     - none: the folder's name, with spaces for `_`, is the class name;
     - a mapping (or a `.json` object): folder to class name;
     - a list (or a `.json` list, or a text file with one name a line): every folder must be in
