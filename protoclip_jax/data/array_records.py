@@ -168,6 +168,7 @@ class ArrayRecordPairs:
     def _check_records(self, files: list[RecordFile]) -> None:
         """Refuses local shards that are not those of meta.json; remote ones would cost requests."""
         check_counts({file.path: file.count for file in files})
+        self._check_order([file.path for file in files if file.count and not is_remote(file.path)])
         noted = {
             file.path: shard["samples"]
             for file, shard in zip(files, self.meta["shards"], strict=True)
@@ -182,6 +183,22 @@ class ArrayRecordPairs:
                         f"{path} is a shard of another set, or in another's place: copy the set "
                         "again"
                     )
+
+    def _check_order(self, paths: list[str]) -> None:
+        """Refuses shards whose rows do not follow each other; all that can be seen of older sets.
+
+        Rows may be beyond those that a shard has in meta.json: of a subset, they are the whole's.
+        """
+        before = -1
+        with ThreadPoolExecutor(_AT_A_TIME) as pool:
+            found = pool.map(lambda path: patient(lambda: _ends_of(path)), paths)
+            for path, rows in zip(paths, found, strict=True):
+                if any(row <= before for row in rows[:1]):
+                    raise ValueError(
+                        f"{path} begins with row {rows[0]} of the source, which is not behind "
+                        "the shard before it: copy the set again"
+                    )
+                before = rows[-1] if rows else before
 
     def __len__(self) -> int:
         return len(self._records)
@@ -213,6 +230,15 @@ class ArrayRecordPairs:
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {self.name}, which has {len(self)}")
         return self._records[row]
+
+
+def _ends_of(path: str) -> list[int]:
+    """Rows in the source of a shard's first and last record; empty where one cannot be read."""
+    reader = opened(path)
+    try:
+        return [unpack(reader.read([position])[0])[0] for position in (0, reader.num_records() - 1)]
+    except (UnreadableImage, RuntimeError, ValueError, IndexError):
+        return []
 
 
 def _read_meta(folder: str) -> dict:

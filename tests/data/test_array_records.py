@@ -155,7 +155,7 @@ def test_a_shard_of_another_conversion_is_refused(tmp_path, folder, other, numbe
 def test_exchanged_shards_and_those_without_records_are_refused(tmp_path, folder):
     copy, shards = copied(folder, tmp_path)
     exchanged(shards[2], shards[3])
-    with pytest.raises(ValueError, match=f"{shards[2].name} is a shard of another set"):
+    with pytest.raises(ValueError, match=f"{shards[3].name} begins with row 10 of the source"):
         open_source(str(copy))
     exchanged(shards[2], shards[3])
     exchanged(shards[2], shards[-1])  # of 5 records and of 3
@@ -215,3 +215,11 @@ def test_sets_made_before_samples_were_noted_open(tmp_path, folder):
     source, before = open_source(str(copy)), open_source(folder)
     assert source.fingerprint == before.fingerprint
     assert source.read(5) == before.read(5)
+    shards = sorted(copy.glob("*.array_record"))
+    exchanged(shards[2], shards[3])
+    with pytest.raises(ValueError, match=f"{shards[3].name} begins with row 10 of the source"):
+        open_source(str(copy))
+    exchanged(shards[2], shards[3])
+    shutil.copy(shards[2], shards[3])
+    with pytest.raises(ValueError, match=f"{shards[3].name} begins with row 10 of the source"):
+        open_source(str(copy))
