@@ -11,6 +11,7 @@ from protoclip_jax.data.bar import counted
 from protoclip_jax.data.left_out import LeftOut
 from protoclip_jax.data.sources import PairSource
 from protoclip_jax.prepare import pool
+from protoclip_jax.prepare.notes import begun_with
 from protoclip_jax.prepare.shard import (
     OUTCOMES,
     ConvertSettings,
@@ -102,26 +103,13 @@ def _agree(out: Path, source: PairSource, settings: ConvertSettings) -> None:
     if not path.exists():
         write_json(path, wanted)
         return
-    stored = _stored(path)
+    stored = begun_with(path, ["fingerprint"])
     for key, value in wanted.items():
         if key != "source" and stored.get(key) != value:
             raise ValueError(
                 f"{out} was begun with {key} {stored.get(key)!r} (source {stored.get('source')}), "
                 f"and this is {key} {value!r}: choose another --out, or remove it"
             )
-
-
-def _stored(path: Path) -> dict:
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        stored = None
-    if not isinstance(stored, dict) or "fingerprint" not in stored:
-        raise ValueError(
-            f"{path} is damaged, and nothing else says what the set is made from: restore it, or "
-            f"choose another --out, or remove {path.parent}"
-        )
-    return stored
 
 
 def _finished(
