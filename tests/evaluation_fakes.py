@@ -83,3 +83,12 @@ class FakeSource:
 def _features(colours):
     features = np.concatenate([colours / 127.5 - 1, np.ones((len(colours), 1))], axis=1)
     return (features / np.linalg.norm(features, axis=1, keepdims=True)).astype(np.float32)
+
+
+def write(root, pictures):
+    """`{"folder/name.png": colour}`; a colour that is bytes is written as it is."""
+    for path, colour in pictures.items():
+        file = root / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(colour if isinstance(colour, bytes) else FakeSource([colour]).read(0)[0])
+    return root

@@ -9,6 +9,8 @@ A set is a folder:
 - `outcomes/` and `unreadable.tsv`: what became of every row of the source.
 
 meta.json is believed only where it has what it should, and names files of its own folder alone.
+A look at the start compares it with the shards: files are padded to blocks of 64 KiB, so that those
+of two conversions often have one size.
 
 A set in a bucket is read where it lies (see `record_files`).
 """
@@ -18,13 +20,15 @@ import json
 import os
 import struct
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 
 from protoclip_jax.data.decoding import BROKEN, UnreadableImage
 from protoclip_jax.data.left_out import LeftOut
-from protoclip_jax.data.record_files import RecordFile, RecordFiles, opened
+from protoclip_jax.data.record_files import RecordFile, RecordFiles, check_counts, opened
 from protoclip_jax.data.seen_files import SeenFiles
 from protoclip_jax.storage import objects
-from protoclip_jax.storage.paths import absolute
+from protoclip_jax.storage.disks import patient
+from protoclip_jax.storage.paths import absolute, is_remote
 
 FORMAT = "protoclip_jax pairs"
 VERSION = 1
@@ -36,6 +40,9 @@ WRITER_OPTIONS = "group_size:1,uncompressed"
 
 _HEAD = struct.Struct("<QI")
 _BLOCK = 64  # records read at a time to hash a shard
+# Hashing a set takes minutes a hundred GB; a few records of each shard tell two conversions apart.
+_SAMPLES = 8
+_AT_A_TIME = 16  # shards looked at at once
 
 
 def pack(row: int, caption: str, picture: bytes) -> bytes:
@@ -73,6 +80,21 @@ def digest_of(path: str) -> str:
     return digest.hexdigest()
 
 
+def samples_of(path: str) -> list[str | None]:
+    """Hashes of a few records that lie evenly in a shard; None for one that cannot be read."""
+    reader = opened(path)
+    last = reader.num_records() - 1
+    positions = sorted({last * number // (_SAMPLES - 1) for number in range(_SAMPLES)})
+    return [_sample(reader, position) for position in positions if last >= 0]
+
+
+def _sample(reader, position: int) -> str | None:
+    try:
+        return hashlib.blake2b(reader.read([position])[0], digest_size=8).hexdigest()
+    except (RuntimeError, ValueError, IndexError):  # an unreadable pair, which is met later
+        return None
+
+
 def shard_digest():
     """An empty hash, for `add_to_digest`."""
     return hashlib.blake2b(digest_size=16)
@@ -107,11 +129,11 @@ class ArrayRecordPairs:
     """
 
     def __init__(self, folder: str | os.PathLike):
-        """Reads meta.json and looks at every shard's size.
+        """Reads meta.json and compares it with the shards: sizes, and records of local ones.
 
         Raises:
           FileNotFoundError: no such folder, or a shard is missing.
-          ValueError: the set is not finished, damaged, or of another version.
+          ValueError: the set is not finished, damaged, mixed with another, or of another version.
         """
         self.name = os.fspath(folder)
         self.meta = _read_meta(self.name)
@@ -122,6 +144,7 @@ class ArrayRecordPairs:
         self._records = RecordFiles(files, seen, digest_of)
         if not len(self):
             raise ValueError(f"{self.name} holds 0 pairs: no picture could be converted")
+        self._check_records(files)
         self.fingerprint = self.meta["fingerprint"]
         self.report = {
             f"unreadable at conversion, {reason}": LeftOut(entry["count"], entry["examples"])
@@ -141,6 +164,41 @@ class ArrayRecordPairs:
                 f"{self.name}: {shard['file']} has {size} bytes and was written with "
                 f"{shard['bytes']}: copy it again"
             )
+
+    def _check_records(self, files: list[RecordFile]) -> None:
+        """Refuses local shards that are not those of meta.json; remote ones would cost requests."""
+        check_counts({file.path: file.count for file in files})
+        self._check_order([file.path for file in files if file.count and not is_remote(file.path)])
+        noted = {
+            file.path: shard["samples"]
+            for file, shard in zip(files, self.meta["shards"], strict=True)
+            if "samples" in shard and not is_remote(file.path)  # older sets have none
+        }
+        with ThreadPoolExecutor(_AT_A_TIME) as pool:
+            found = pool.map(lambda path: patient(lambda: samples_of(path)), noted)
+            for (path, wanted), samples in zip(noted.items(), found, strict=True):
+                pairs = zip(samples, wanted, strict=True)
+                if any(one not in (None, other) for one, other in pairs):
+                    raise ValueError(
+                        f"{path} is a shard of another set, or in another's place: copy the set "
+                        "again"
+                    )
+
+    def _check_order(self, paths: list[str]) -> None:
+        """Refuses shards whose rows do not follow each other; all that can be seen of older sets.
+
+        Rows may be beyond those that a shard has in meta.json: of a subset, they are the whole's.
+        """
+        before = -1
+        with ThreadPoolExecutor(_AT_A_TIME) as pool:
+            found = pool.map(lambda path: patient(lambda: _ends_of(path)), paths)
+            for path, rows in zip(paths, found, strict=True):
+                if any(row <= before for row in rows[:1]):
+                    raise ValueError(
+                        f"{path} begins with row {rows[0]} of the source, which is not behind "
+                        "the shard before it: copy the set again"
+                    )
+                before = rows[-1] if rows else before
 
     def __len__(self) -> int:
         return len(self._records)
@@ -174,6 +232,15 @@ class ArrayRecordPairs:
         return self._records[row]
 
 
+def _ends_of(path: str) -> list[int]:
+    """Rows in the source of a shard's first and last record; empty where one cannot be read."""
+    reader = opened(path)
+    try:
+        return [unpack(reader.read([position])[0])[0] for position in (0, reader.num_records() - 1)]
+    except (UnreadableImage, RuntimeError, ValueError, IndexError):
+        return []
+
+
 def _read_meta(folder: str) -> dict:
     path = os.path.join(folder, META)
     try:
@@ -195,6 +262,15 @@ def _read_meta(folder: str) -> dict:
         raise ValueError(f"{path} is {known[0]!r} version {known[1]}, wanted {FORMAT!r} {VERSION}")
     if not _is_whole(meta):
         raise ValueError(f"{path} is damaged: copy it again, or run `prepare convert` again")
+    shards = meta["shards"]
+    if (
+        fingerprint(shard["digest"] for shard in shards) != meta["fingerprint"]
+        or sum(shard["pairs"] for shard in shards) != meta["pairs"]
+    ):
+        raise ValueError(
+            f"{path} was changed, since its shards do not add up to its pairs and fingerprint: "
+            "copy it again, or run `prepare convert` again"
+        )
     return meta
 
 
@@ -203,11 +279,12 @@ def _is_whole(meta: dict) -> bool:
     shards, unreadable = meta.get("shards"), meta.get("unreadable")
     return (
         isinstance(meta.get("fingerprint"), str)
-        and isinstance(meta.get("source"), str)
+        and _has(meta, source=str, pairs=int)
         and isinstance(shards, list)
         and all(_has(shard, file=str, digest=str, pairs=int, bytes=int) for shard in shards)
         and all(os.path.basename(shard["file"]) == shard["file"] for shard in shards)
         and all(0 <= shard["pairs"] <= shard["bytes"] for shard in shards)
+        and all(_samples_fit(shard) for shard in shards if "samples" in shard)
         and isinstance(unreadable, dict)
         and all(_has(entry, count=int, examples=list) for entry in unreadable.values())
         and all(
@@ -216,7 +293,12 @@ def _is_whole(meta: dict) -> bool:
     )
 
 
+def _samples_fit(shard: dict) -> bool:
+    return _has(shard, samples=list) and len(shard["samples"]) == min(shard["pairs"], _SAMPLES)
+
+
 def _has(entry, **kinds: type) -> bool:
+    # By `type`, since True is an int to isinstance.
     return isinstance(entry, dict) and all(
-        isinstance(entry.get(name), kind) for name, kind in kinds.items()
+        type(entry.get(name)) is kind for name, kind in kinds.items()
     )

@@ -186,10 +186,16 @@ class TfdsPairs:
             )
 
     def _used(self):
+        splits = self._builder.info.splits
         try:
-            return self._builder.info.splits[self.split].file_instructions
+            used = splits[self.split].file_instructions
+            parts = _parts(self.split, splits)
         except Exception as error:  # a slice that is none; TFDS has no one error for it
             raise ValueError(f"{self.name}: {first_line(error)}") from error
+        # TFDS would give a negative number of pairs, or take -1 of them for all.
+        if any(part.to is not None and (part.from_ or 0) > part.to for part in parts):
+            raise ValueError(f"{self.name}: the split {self.split!r} ends before it begins")
+        return used
 
     @property
     def _form(self) -> str:
@@ -224,6 +230,15 @@ class TfdsPairs:
     def where(self, row: int) -> str:
         """What a row is called."""
         return f"{self.name} row {row}"
+
+
+def _parts(split: str, splits) -> list:
+    """The slices of a split, from one pair to another; None is the first or the last."""
+    import tensorflow_datasets as tfds
+
+    if "[" not in split:
+        return []
+    return tfds.core.ReadInstruction.from_spec(split).to_absolute(splits)
 
 
 def _footer(path: str) -> str:

@@ -11,6 +11,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from protoclip_jax.data.captions import is_caption
+from protoclip_jax.data.tokenizer import clean
 from protoclip_jax.evaluation.features import some
 
 Names = Mapping[str, str] | Sequence[str] | str | Path
@@ -67,8 +68,8 @@ def match(
 ) -> tuple[list[str], list[str]]:
     """Folders by class number, and each class's name; `evaluation.folders.open_folder` says how.
 
-    A name that a list holds twice is two classes, of which the first has the folder. Equal names
-    are told.
+    A name that a list holds twice is two classes, of which the first has the folder. Names that
+    are equal to the text tower are told.
 
     Args:
         folders: in their order.
@@ -94,10 +95,11 @@ def match(
 def _tell_equal(shown: Sequence[str]) -> None:
     numbers = defaultdict(list)
     for number, name in enumerate(shown):
-        numbers[name].append(number)
+        numbers[clean(name)].append(number)  # the text tower sees no capitals, among others
     equal = [
-        f"{name!r} (classes {', '.join(map(str, those))})"
-        for name, those in numbers.items()
+        f"{' = '.join(dict.fromkeys(repr(shown[number]) for number in those))} "
+        f"(classes {', '.join(map(str, those))})"
+        for those in numbers.values()
         if len(those) > 1
     ]
     if equal:
@@ -199,4 +201,6 @@ def _assigned(folders: Sequence[str], names: Sequence[str]) -> dict[str, str]:
 
 
 def _key(name: str) -> str:
-    return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
+    # Composed, since file systems and editors write an accented letter as one character or as two.
+    letters = unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+    return " ".join(letters.replace("_", " ").replace("-", " ").split())

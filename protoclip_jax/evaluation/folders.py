@@ -8,16 +8,12 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Int
 
-from protoclip_jax.data.left_out import LeftOut
 from protoclip_jax.evaluation import linear_probe, zero_shot
+from protoclip_jax.evaluation.class_folders import listed, subfolders
 from protoclip_jax.evaluation.classes import Names, in_order, match, read_names
 from protoclip_jax.evaluation.features import Encoder, extract_readable, some
 from protoclip_jax.evaluation.sgd_probe import sgd_probe
 
-EXTENSIONS = (
-    *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
-    *(".ppm", ".pgm", ".pbm", ".jp2", ".avif"),
-)
 # Training rows x features x classes from which the probe is trained by SGD: an exact fit is a
 # matter of seconds a hundred million.
 EXACT_PROBE = 1e9
@@ -62,9 +58,11 @@ def open_folder(
     Classes are numbered over the sub-folders of `root` *and* of the folders in `also`, so that
     splits number alike when one of them lacks a class: folders named by numbers by value (2 before
     10), then the others as text. Sub-folders are searched to any depth; what is hidden is not
-    looked at, and what is no picture by its ending, or lies beside the folders, is told.
+    looked at, and what is no picture by its ending, or lies beside the folders, is told. Links are
+    followed; those that lead nowhere count as unreadable, or are told.
 
-    Class names are matched with folders **by name**; capitals, `_`, `-` and spaces do not matter:
+    Class names are matched with folders **by name**; capitals, `_`, `-`, spaces and how accented
+    letters are composed do not matter:
     - none: the folder's name, with spaces for `_`, is the class name;
     - a mapping (or a `.json` object): folder to class name;
     - a list (or a `.json` list, or a text file with one name a line): every folder must be in
@@ -81,14 +79,19 @@ def open_folder(
             and the folders' order must be the same whoever sorts them.
 
     Raises:
-        ValueError: without pictures, or when names and folders do not fit.
+        ValueError: without pictures, with one class only, or when names and folders do not fit.
     """
     root = Path(root)
-    folders = in_order(name for place in (root, *map(Path, also)) for name in _subfolders(place))
+    folders = in_order(name for place in (root, *map(Path, also)) for name in subfolders(place))
     classes, class_names = match(folders, read_names(names), by_position)
-    paths, labels = _listed(root, classes)
+    paths, labels = listed(root, classes)
     if not paths:
         raise ValueError(f"{root} holds no pictures: wanted {root}/<class>/<picture>")
+    if len(classes) == 1:
+        raise ValueError(
+            f"{root} has one class only, {classes[0]!r}, which is always right: wanted "
+            f"{root}/<class>/<image>; where the classes lie in {root / classes[0]}, name that"
+        )
     folder = ImageFolder(
         tuple(classes), tuple(class_names), tuple(paths), np.array(labels, np.int64)
     )
@@ -166,43 +169,3 @@ def folder_features(
         threads=threads,
     )
     return features, folder.labels[readable]
-
-
-def _subfolders(root: Path) -> list[str]:
-    if not root.is_dir():
-        raise ValueError(f"{root} is not a folder: wanted one with a sub-folder for every class")
-    return [path.name for path in root.iterdir() if path.is_dir() and path.name[0] != "."]
-
-
-def _listed(root: Path, classes: Sequence[str]) -> tuple[list[Path], list[int]]:
-    """The pictures below a root and their labels; tells of the files that are none."""
-    here, passed_over = set(_subfolders(root)), LeftOut()
-    for path in sorted(root.iterdir()):
-        if path.is_file() and path.suffix.lower() in EXTENSIONS and path.name[0] != ".":
-            passed_over.add(path.name)
-    paths, labels = [], []
-    for label, name in enumerate(classes):
-        if name in here:  # a name may be that of no folder, or stand twice
-            here.remove(name)
-            found = _pictures(root / name, passed_over)
-            paths += found
-            labels += [label] * len(found)
-    if passed_over.count:
-        logger.warning(
-            "%s: files that are in no class, or no pictures by their ending: %s", root, passed_over
-        )
-    return paths, labels
-
-
-def _pictures(folder: Path, passed_over: LeftOut) -> list[Path]:
-    """The pictures below a class folder, by path; hidden files and folders hold none."""
-    found = []
-    for path in sorted(folder.rglob("*")):
-        hidden = any(part[0] == "." for part in path.relative_to(folder).parts)
-        if hidden or not path.is_file():
-            continue
-        if path.suffix.lower() in EXTENSIONS:
-            found.append(path)
-        else:
-            passed_over.add(f"{folder.name}/{path.relative_to(folder)}")
-    return found

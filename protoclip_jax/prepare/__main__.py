@@ -48,6 +48,12 @@ def _add(commands, name: str, run: Callable, text: str) -> argparse.ArgumentPars
     return command
 
 
+def _place_to_write(text: str) -> str:
+    if not text.strip():  # it would be the current folder
+        raise argparse.ArgumentTypeError("it is empty: name where to write")
+    return typed_values.place(text)
+
+
 def _add_download(commands) -> None:
     command = _add(
         commands,
@@ -62,9 +68,7 @@ def _add_download(commands) -> None:
         type=typed_values.place,
         help="the list: .tsv, .csv or .txt, also compressed (gzip, bzip2, xz)",
     )
-    command.add_argument(
-        "--out", type=typed_values.place, required=True, help="folder for the shards"
-    )
+    command.add_argument("--out", type=_place_to_write, required=True, help="folder for the shards")
     command.add_argument("--url-column", help="name, or number from 0; default: found out")
     command.add_argument("--caption-column", help="name, or number from 0; default: found out")
     command.add_argument(
@@ -118,9 +122,7 @@ def _add_convert(commands) -> None:
         "Killed and started again, it keeps finished shards and loses or repeats no row.",
     )
     command.add_argument("source", type=typed_values.place, help=WHAT)
-    command.add_argument(
-        "--out", type=typed_values.place, required=True, help="folder for the shards"
-    )
+    command.add_argument("--out", type=_place_to_write, required=True, help="folder for the shards")
     command.add_argument(
         "--side",
         type=typed_values.not_negative,
@@ -147,7 +149,7 @@ def _add_stats(commands) -> None:
     )
     command.add_argument("source", type=typed_values.place, help=WHAT)
     command.add_argument(
-        "--json", type=typed_values.place, metavar="FILE", help="write the numbers there too"
+        "--json", type=_place_to_write, metavar="FILE", help="write the numbers there too"
     )
     _add_workers(command)
     add_source_options(command)
@@ -221,7 +223,11 @@ def _convert(options: argparse.Namespace) -> int:
         quality=options.quality,
         shard_rows=options.shard_rows,
     )
-    convert(_source(options), options.out, settings, workers=options.workers)
+    if not convert(_source(options), options.out, settings, workers=options.workers)["pairs"]:
+        raise ValueError(
+            f"{options.out} holds 0 pairs, since no pair of {options.source} could be read: "
+            "its unreadable.tsv says why"
+        )
     return 0
 
 

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from protoclip_jax.data.array_records import FORMAT, META, SETTINGS, VERSION, fingerprint
@@ -10,10 +11,12 @@ from protoclip_jax.data.bar import counted
 from protoclip_jax.data.left_out import LeftOut
 from protoclip_jax.data.sources import PairSource
 from protoclip_jax.prepare import pool
+from protoclip_jax.prepare.notes import begun_with
 from protoclip_jax.prepare.shard import (
     OUTCOMES,
     ConvertSettings,
     ShardWriter,
+    is_finished,
     outcome_path,
 )
 from protoclip_jax.storage.atomic import PART, clear_parts, part_of, settle, write_json
@@ -24,6 +27,9 @@ from protoclip_jax.storage.screen import ESCAPED
 __all__ = ["UNREADABLE", "ConvertSettings", "convert"]
 
 UNREADABLE = "unreadable.tsv"
+# What meta.json takes of a shard's outcome; older outcomes have no samples.
+_OF_META = ("file", "pairs", "rows", "bytes", "digest", "samples")
+_AT_A_TIME = 4  # finished shards read at once, which the disk bounds
 
 
 def convert(
@@ -57,7 +63,7 @@ def convert(
     with locked(out):
         _agree(out, source, settings)
         count = -(-len(source) // settings.shard_rows)
-        finished = _finished(out, count)
+        finished = _finished(out, count, len(source), settings)
         _clear(out, len(finished), count)
         todo = [number for number in range(count) if number not in finished]
         done = sum(stop - start for start, stop in finished.values())
@@ -97,7 +103,7 @@ def _agree(out: Path, source: PairSource, settings: ConvertSettings) -> None:
     if not path.exists():
         write_json(path, wanted)
         return
-    stored = json.loads(path.read_text(encoding="utf-8"))
+    stored = begun_with(path, ["fingerprint"])
     for key, value in wanted.items():
         if key != "source" and stored.get(key) != value:
             raise ValueError(
@@ -106,20 +112,23 @@ def _agree(out: Path, source: PairSource, settings: ConvertSettings) -> None:
             )
 
 
-def _finished(out: Path, count: int) -> dict[int, tuple[int, int]]:
-    """Rows of the shards that need not be made again, by number."""
+def _finished(
+    out: Path, count: int, rows: int, settings: ConvertSettings
+) -> dict[int, tuple[int, int]]:
+    """Rows of the shards that need not be made again, by number; removes outcomes of the others."""
     finished = {}
     for number in range(count):
-        path = outcome_path(out, number)
-        if not path.exists():
-            continue
-        outcome = json.loads(path.read_text(encoding="utf-8"))
-        shard = out / outcome["file"]
-        if shard.exists() and shard.stat().st_size == outcome["bytes"]:
-            finished[number] = tuple(outcome["rows"])
-        else:
-            path.unlink()
-    return finished
+        first = number * settings.shard_rows
+        finished[number] = first, min(first + settings.shard_rows, rows)
+    there = [number for number in finished if outcome_path(out, number).exists()]
+    if there:
+        print(f"{out}: looks through {len(there)} shards of {count}")
+    with ThreadPoolExecutor(_AT_A_TIME) as threads:
+        good = threads.map(lambda number: is_finished(out, number, count, finished[number]), there)
+        kept = {number for number, whole in zip(there, good, strict=True) if whole}
+    for number in set(there) - kept:
+        outcome_path(out, number).unlink()
+    return {number: finished[number] for number in sorted(kept)}
 
 
 def _clear(out: Path, finished: int, count: int) -> None:
@@ -156,9 +165,7 @@ def _summary(out: Path, source: PairSource, settings: ConvertSettings, count: in
                 file.write(f"{row}\t{name}\t{reason}\n")
             for kind, (number_of, first_one) in outcome.get("odd", {}).items():
                 odd.setdefault(kind, [0, first_one])[0] += number_of
-            shards.append(
-                {key: outcome[key] for key in ("file", "pairs", "rows", "bytes", "digest")}
-            )
+            shards.append({key: outcome[key] for key in _OF_META if key in outcome})
     settle(table, out / UNREADABLE)
     meta = {
         "format": FORMAT,

@@ -10,7 +10,6 @@ import dataclasses
 import fcntl
 import hashlib
 import itertools
-import json
 import os
 import signal
 import subprocess
@@ -21,6 +20,7 @@ from pathlib import Path
 from protoclip_jax.data.bar import counted
 from protoclip_jax.prepare import img2dataset
 from protoclip_jax.prepare.link_list import Layout, Link, find_layout, links, photo_ids
+from protoclip_jax.prepare.notes import begun_with, read_note
 from protoclip_jax.storage.atomic import clear_parts, part_of, settle, write_json, write_text
 from protoclip_jax.storage.lock import NO_LOCKS, locked
 from protoclip_jax.storage.paths import local_only
@@ -175,7 +175,7 @@ def _agree(
     if not path.exists():
         write_json(path, wanted)
         return
-    stored = json.loads(path.read_text(encoding="utf-8"))
+    stored = begun_with(path, ["list"])
     for key, value in wanted.items():
         if stored.get(key) != value:
             raise ValueError(
@@ -194,8 +194,8 @@ def _handed_over(
 ) -> dict:
     """Writes the list as Parquet, which has no quotes or headers to misread; returns the counts."""
     path = folder / "links.json"
-    if path.exists():
-        return json.loads(path.read_text(encoding="utf-8"))
+    if path.exists() and (notes := read_note(path, ("rows", "dropped", "shards"))):
+        return notes  # a damaged one is made again, from the same list
     if ids and layout.photo is None:
         raise ValueError(f"--photo-ids goes with the YFCC100M table, and {list_path} is {layout}")
     target = folder / "links"

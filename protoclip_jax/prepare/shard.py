@@ -1,6 +1,7 @@
 """One shard: the rows of a block of the source, written as ArrayRecord, with their outcomes."""
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,9 @@ from array_record.python import array_record_module
 from protoclip_jax.data.array_records import (
     WRITER_OPTIONS,
     add_to_digest,
+    digest_of,
     pack,
+    samples_of,
     shard_digest,
     shard_name,
 )
@@ -51,6 +54,45 @@ def outcome_path(out: Path, number: int) -> Path:
     return out / OUTCOMES / f"{number:05}.json"
 
 
+def is_finished(out: Path, number: int, count: int, rows: tuple[int, int]) -> bool:
+    """Whether a shard and its outcome are there, and are what was written.
+
+    A shard of another conversion, or of zeros, may well have the right size: its records are read.
+
+    Args:
+      out: folder of the set.
+      number: of the shard.
+      count: shards of the set.
+      rows: of the source, first and behind the last.
+
+    Raises:
+      OSError: the disk fails.
+    """
+    try:
+        outcome = json.loads(outcome_path(out, number).read_text(encoding="utf-8"))
+        shard = out / shard_name(number, count)
+        unreadable, odd = outcome["unreadable"], outcome.get("odd", {})
+        return (
+            outcome["file"] == shard.name  # a damaged one might name a file elsewhere
+            and tuple(outcome["rows"]) == rows
+            and all(type(outcome[number]) is int for number in ("pairs", "bytes"))
+            and isinstance(unreadable, list)
+            and outcome["pairs"] + len(unreadable) == rows[1] - rows[0]
+            and all(
+                isinstance(reason, str) and isinstance(name, str) for _, reason, name in unreadable
+            )
+            and all(isinstance(many, int) for many, _ in odd.values())
+            and shard.stat().st_size == outcome["bytes"]
+            and digest_of(str(shard)) == outcome["digest"]
+            and ("samples" not in outcome or samples_of(str(shard)) == outcome["samples"])
+        )
+    except FileNotFoundError:
+        return False
+    # Of another form; the last one is the reader's, for a damaged shard.
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError):
+        return False
+
+
 @dataclasses.dataclass(frozen=True)
 class ShardWriter:
     """Makes shards; a job of the pool.
@@ -82,6 +124,7 @@ class ShardWriter:
         except RuntimeError as error:  # the writer's, for a full disk among others
             raise OSError(f"{path} cannot be written: {error}") from error
         _check(part, written)
+        samples = samples_of(str(part))
         settle(part, path)
         outcome = {
             "file": path.name,
@@ -89,6 +132,7 @@ class ShardWriter:
             "pairs": written,
             "bytes": path.stat().st_size,
             "digest": digest,
+            "samples": samples,
             "unreadable": unreadable,
             "odd": odd,
         }

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from pair_files import caption, picture, write_list
 
 import protoclip_jax.data.record_files as record_files
-from protoclip_jax.data.array_records import ArrayRecordPairs, pack, unpack
+from protoclip_jax.data.array_records import ArrayRecordPairs, fingerprint, pack, unpack
 from protoclip_jax.data.decoding import BROKEN, UnreadableImage
 from protoclip_jax.data.sources import PairSource, open_source, where
 from protoclip_jax.prepare.convert import ConvertSettings, convert
@@ -116,3 +117,109 @@ def test_sets_that_are_not_whole_are_refused(tmp_path):
     (folder / "meta.json").unlink()
     with pytest.raises(ValueError, match="not finished"):
         open_source(str(folder))
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory) -> Path:
+    """A set of the same source in another form, whose shards have the same sizes."""
+    folder = tmp_path_factory.mktemp("other")
+    source = open_source(write_list(folder / "list", ROWS, {3: "cut", 7: "missing", 8: "html"}))
+    settings = ConvertSettings(side=20, shard_rows=SHARD)
+    convert(source, folder / "set", settings, progress=False)
+    return folder / "set"
+
+
+def copied(folder: str, tmp_path: Path) -> tuple[Path, list[Path]]:
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    return copy, sorted(copy.glob("*.array_record"))
+
+
+def exchanged(one: Path, two: Path) -> None:
+    first, second = one.read_bytes(), two.read_bytes()
+    assert len(first) == len(second)
+    one.write_bytes(second)
+    two.write_bytes(first)
+
+
+@pytest.mark.parametrize("number", [0, 2, -1])
+def test_a_shard_of_another_conversion_is_refused(tmp_path, folder, other, number):
+    copy, shards = copied(folder, tmp_path)
+    assert open_source(str(copy)).fingerprint == open_source(folder).fingerprint
+    size = shards[number].stat().st_size
+    shutil.copy(other / shards[number].name, shards[number])
+    assert shards[number].stat().st_size == size
+    with pytest.raises(ValueError, match=f"{shards[number].name} is a shard of another set"):
+        open_source(str(copy))
+
+
+def test_exchanged_shards_and_those_without_records_are_refused(tmp_path, folder):
+    copy, shards = copied(folder, tmp_path)
+    exchanged(shards[2], shards[3])
+    with pytest.raises(ValueError, match=f"{shards[3].name} begins with row 10 of the source"):
+        open_source(str(copy))
+    exchanged(shards[2], shards[3])
+    exchanged(shards[2], shards[-1])  # of 5 records and of 3
+    with pytest.raises(ValueError, match=f"{shards[2].name} holds 3 records, and its set says 5"):
+        open_source(str(copy))
+    exchanged(shards[2], shards[-1])
+    shards[1].write_bytes(bytes(shards[1].stat().st_size))
+    with pytest.raises(ValueError, match=f"{shards[1].name} (is damaged|holds 0 records)"):
+        open_source(str(copy))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda meta: {"shards": meta["shards"][::-1]},
+        lambda meta: {"shards": meta["shards"][:-1]},
+        lambda meta: {"shards": meta["shards"] + meta["shards"][:1]},
+        lambda meta: {"fingerprint": "f" * 32},
+        lambda meta: {"pairs": meta["pairs"] + 1},
+        lambda meta: {"pairs": True},
+        lambda meta: {"pairs": None},
+        lambda meta: {"shards": [meta["shards"][0] | {"pairs": True}, *meta["shards"][1:]]},
+        lambda meta: {"shards": [meta["shards"][0] | {"samples": ["0"]}, *meta["shards"][1:]]},
+        lambda meta: {"shards": [meta["shards"][0] | {"samples": 5}, *meta["shards"][1:]]},
+    ],
+)
+def test_a_description_that_does_not_add_up_is_refused(tmp_path, folder, change):
+    copy, _ = copied(folder, tmp_path)
+    meta = json.loads((copy / "meta.json").read_text())
+    (copy / "meta.json").write_text(json.dumps(meta | change(meta)))
+    with pytest.raises(ValueError, match=r"meta.json (was changed|is damaged).*copy it again"):
+        open_source(str(copy))
+
+
+def test_a_description_of_another_set_and_a_wrong_number_of_pairs_are_refused(
+    tmp_path, folder, other
+):
+    copy, shards = copied(folder, tmp_path)
+    meta = json.loads((copy / "meta.json").read_text())
+    shutil.copy(other / "meta.json", copy)
+    with pytest.raises(ValueError, match="is a shard of another set"):
+        open_source(str(copy))
+    one = {key: value for key, value in meta["shards"][2].items() if key != "samples"}
+    changed = meta | {"shards": [one | {"pairs": 4}], "pairs": 4}
+    changed["fingerprint"] = fingerprint([one["digest"]])
+    (copy / "meta.json").write_text(json.dumps(changed))
+    with pytest.raises(ValueError, match=f"{shards[2].name} holds 5 records, and its set says 4"):
+        open_source(str(copy))
+
+
+def test_sets_made_before_samples_were_noted_open(tmp_path, folder):
+    copy, _ = copied(folder, tmp_path)
+    meta = json.loads((copy / "meta.json").read_text())
+    for shard in meta["shards"]:
+        del shard["samples"]
+    (copy / "meta.json").write_text(json.dumps(meta))
+    source, before = open_source(str(copy)), open_source(folder)
+    assert source.fingerprint == before.fingerprint
+    assert source.read(5) == before.read(5)
+    shards = sorted(copy.glob("*.array_record"))
+    exchanged(shards[2], shards[3])
+    with pytest.raises(ValueError, match=f"{shards[3].name} begins with row 10 of the source"):
+        open_source(str(copy))
+    exchanged(shards[2], shards[3])
+    shutil.copy(shards[2], shards[3])
+    with pytest.raises(ValueError, match=f"{shards[3].name} begins with row 10 of the source"):
+        open_source(str(copy))

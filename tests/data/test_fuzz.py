@@ -181,10 +181,11 @@ def note(folder: Path, data: bytes) -> None:
     found.check("a.npy", found.numbers, None)
 
 
-def meta(folder: Path, data: bytes) -> None:
+def meta(folder: Path, records: bytes, data: bytes) -> None:
+    assert len(records) == SHARD["bytes"]
     (folder / "meta.json").write_bytes(data)
     for place in (folder, folder.parent):  # outside of the set's folder, too
-        (place / array_records.shard_name(0, 1)).write_bytes(bytes(1000))
+        (place / array_records.shard_name(0, 1)).write_bytes(records)
     source = array_records.ArrayRecordPairs(folder)
     assert len(source) < 2**40
     for file in source._files():
@@ -234,9 +235,9 @@ VAL = {"split": "val", "text_feature": "title"}
 FORMS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 NOTE = {"format": teacher_note.FORMAT, "version": teacher_note.VERSION, "source": "a", "pairs": 4}
 NOTE |= {"source_fingerprint": "f", "encoder": "e", "dimensions": 3, "numbers": "n"}
-SHARD = {"file": array_records.shard_name(0, 1), "pairs": 5, "rows": [0, 5], "bytes": 1000}
+SHARD = {"file": array_records.shard_name(0, 1), "pairs": 5, "bytes": 131072, "digest": "d"}
 META = {"format": array_records.FORMAT, "version": array_records.VERSION, "source": "a"}
-META |= {"fingerprint": "f", "shards": [SHARD | {"digest": "d"}]}
+META |= {"pairs": 5, "fingerprint": array_records.fingerprint(["d"]), "shards": [SHARD]}
 META |= {"unreadable": {"broken image": {"count": 1, "examples": ["row 3"]}}}
 
 
@@ -272,7 +273,11 @@ def reader_of(kind: str, base: Path, folder: Path) -> Reader:
         "npy": Reader([(base / "a.npy").read_bytes()], npy),
         "safetensors": Reader([(base / "a.safetensors").read_bytes()], safetensors),
         "teacher note": Reader(dumped(NOTE), note),
-        "meta.json": Reader(dumped(META), meta, (ValueError, OSError)),
+        "meta.json": Reader(
+            dumped(META),
+            lambda folder, data: meta(folder, records, data),
+            (ValueError, OSError),
+        ),
         "recipe.json": Reader(
             dumped({"recipe": flatten(dataclass_dict())}), run_recipe, (ConfigError,)
         ),

@@ -99,6 +99,8 @@ def test_slices_and_fingerprints(tiny):
     whole, part = open_source(tiny), open_source(tiny, split="train[2:4]")
     assert len(part) == 2
     assert part.read(0) == whole.read(2)
+    for split, pairs in (("[:4]", 4), ("[-2:]", 2), ("[3:5]", 2), ("[:2]+train[4:]", 3)):
+        assert len(open_source(tiny, split=f"train{split}")) == pairs
     assert part.fingerprint != whole.fingerprint == open_source(tiny).fingerprint
 
 
@@ -111,6 +113,13 @@ def test_nested_texts_give_their_first(tiny):
     ("options", "message"),
     [
         ({"split": "dev"}, r"no such split.*\['train'\]"),
+        ({"split": "train[3:1]"}, r"the split 'train\[3:1\]' ends before it begins"),
+        ({"split": "train[3:2]"}, r"the split 'train\[3:2\]' ends before it begins"),
+        ({"split": "train[80%:20%]"}, r"'train\[80%:20%\]' ends before it begins"),
+        ({"split": "train[-1:-3]"}, r"'train\[-1:-3\]' ends before it begins"),
+        ({"split": "train[3:1]+train[:4]"}, r"'train\[3:1\]\+train\[:4\]' ends before it begins"),
+        ({"split": "train[:4]+train[3:2]"}, r"'train\[:4\]\+train\[3:2\]' ends before it begins"),
+        ({"split": "train[2:2]"}, r"train\[2:2\] holds 0 pairs"),
         ({"text_feature": "title"}, "'title' is missing; the set has caption, captions/id"),
         ({"image_feature": "label"}, "'label' is no Image"),
         ({"text_feature": "label"}, "'label' is no Text"),

@@ -2,20 +2,11 @@ import json
 
 import numpy as np
 import pytest
-from evaluation_fakes import FakeEncoder, FakeSource
+from evaluation_fakes import FakeEncoder, write
 
 from protoclip_jax.evaluation import folders
 from protoclip_jax.evaluation.folders import evaluate_folder, folder_chance, open_folder
 from protoclip_jax.evaluation.prompts import prompt_set, prompt_sets
-
-
-def write(root, pictures):
-    """`{"folder/name.png": colour}`; a colour that is bytes is written as it is."""
-    for path, colour in pictures.items():
-        file = root / path
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(colour if isinstance(colour, bytes) else FakeSource([colour]).read(0)[0])
-    return root
 
 
 @pytest.fixture
@@ -85,11 +76,12 @@ def test_files_that_are_no_pictures_are_passed_over(tmp_path):
             "red/.hidden.png": b"",
             "red/notes.txt": b"",
             ".git/a.png": "red",
+            "blue/a.png": "blue",
         },
     )
     found = open_folder(root)
-    assert found.classes == ("red",)
-    assert len(found.paths) == 1
+    assert found.classes == ("blue", "red")
+    assert len(found.paths) == 2
 
 
 def test_unreadable_pictures_are_counted_and_named(root, caplog):
@@ -283,8 +275,50 @@ def test_what_is_passed_over_is_told(tmp_path, caplog):
             "red/scan.jfif": b"",
             "beside.png": "red",
             "readme.txt": b"",
+            "blue/b.png": "blue",
         },
     )
     found = open_folder(root)
-    assert [path.name for path in found.paths] == ["a.png"]
+    assert [path.name for path in found.paths] == ["b.png", "a.png"]
     assert "or no pictures by their ending: 2 (beside.png, red/scan.jfif)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["Cat", "cat"], "'Cat' = 'cat' (classes 0, 1)"),
+        (["sea  lion", "sea lion"], "'sea  lion' = 'sea lion' (classes 0, 1)"),
+        (["cats &amp; dogs", "cats & dogs"], "'cats &amp; dogs' = 'cats & dogs' (classes 0, 1)"),
+        (["caf\u00e9", "cafe\u0301"], " (classes 0, 1)"),
+        (["Cat", "cats"], ""),
+    ],
+)
+def test_names_that_are_equal_to_the_text_tower_are_told(tmp_path, caplog, names, said):
+    root = write(tmp_path, {"n1/a.png": "red", "n2/a.png": "blue"})
+    assert open_folder(root, names, by_position=True).names == tuple(names)
+    assert ("no prompt can tell apart" in caplog.text) == bool(said)
+    assert said in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("cafe\u0301", "caf\u00e9"),
+        ("caf\u00e9", "cafe\u0301"),
+        ("CAFE\u0301_bar", "caf\u00e9 bar"),
+        ("A\u030angstrom", "\u212bngstrom"),
+    ],
+)
+def test_accents_match_however_they_are_composed(tmp_path, folder, name):
+    root = write(tmp_path, {f"{folder}/a.png": "red", "b/a.png": "blue"})
+    found = open_folder(root, {"b": "bar", name: "a place"})
+    assert dict(zip(found.classes, found.names, strict=True)) == {"b": "bar", folder: "a place"}
+    assert sorted(open_folder(root, [name, "b"]).labels.tolist()) == [0, 1]
+
+
+def test_folders_that_differ_in_how_they_are_composed_need_a_name_each(tmp_path):
+    folders = ["cafe\u0301", "caf\u00e9"]
+    root = write(tmp_path, {f"{folder}/a.png": "red" for folder in folders})
+    assert open_folder(root, dict.fromkeys(folders, "x")).classes == tuple(folders)
+    with pytest.raises(ValueError, match="1 folders have none: cafe\u0301"):
+        open_folder(root, ["caf\u00e9"])

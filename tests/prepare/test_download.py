@@ -267,6 +267,35 @@ def test_a_half_written_status_file_is_done_again(tmp_path, fake, capsys):
     assert "urlopen error [Errno N] timed out: 3" in said
 
 
+DAMAGED = pytest.mark.parametrize("content", [b"", b"{", b"{}", b"[]", b"5", b"\xff"])
+
+
+@DAMAGED
+def test_damaged_settings_are_one_line(tmp_path, fake, capsys, content):
+    arguments = ["download", links_of(tmp_path, ["a", "b"]), "--out", str(fake)]
+    (fake / "download").mkdir(parents=True)
+    (fake / "download" / "settings.json").write_bytes(content)
+    assert main(arguments) == 2
+    said = capsys.readouterr().err.strip()
+    assert "\n" not in said
+    assert "download/settings.json is damaged" in said
+    assert "choose another --out" in said
+
+
+@DAMAGED
+def test_damaged_counts_of_links_are_made_again(tmp_path, monkeypatch, content):
+    monkeypatch.setattr(img2dataset, "command", lambda python: ["true"])
+    path = links_of(tmp_path, [f"text {i}" for i in range(3)])
+    out = tmp_path / "out"
+    arguments = ["download", path, "--out", str(out), "--shard-rows", "3"]
+    main(arguments)
+    links = out / "download" / "links.json"
+    before = links.read_text()
+    links.write_bytes(content)
+    main(arguments)
+    assert links.read_text() == before
+
+
 def test_shards_that_failed_are_said_and_done_again(tmp_path, fake, capsys):
     path = links_of(tmp_path, ["skip", "b", "c", "d"])
     assert main(["download", path, "--out", str(fake), "--shard-rows", "2"]) == 1
