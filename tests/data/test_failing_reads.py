@@ -136,23 +136,24 @@ class Reader:
 def test_a_shard_whose_disk_fails(tmp_path, monkeypatch, waits):
     listed = open_source(write_list(tmp_path / "list", 4))
     convert(listed, tmp_path / "set", ConvertSettings(side=0), progress=False)
+    sources = [open_source(str(tmp_path / "set")) for _ in range(2)]  # which read a little
     opened = record_files.opened
     plan = {"times": 2}
     monkeypatch.setattr(
         record_files, "opened", lambda path: Reader(opened(path), path, plan["times"])
     )
-    assert open_source(str(tmp_path / "set")).read(1) == (picture(1), caption(1))
+    assert sources[0].read(1) == (picture(1), caption(1))
     assert len(waits) == 2
     plan["times"] = 10**9
     with pytest.raises(UnreadableImage, match="Input/output error") as caught:
-        open_source(str(tmp_path / "set")).read(1)
+        sources[1].read(1)
     assert caught.value.reason == NO_ACCESS
 
 
 def test_a_shard_that_cannot_be_opened(tmp_path, monkeypatch, waits):
     listed = open_source(write_list(tmp_path / "list", 4))
     convert(listed, tmp_path / "set", ConvertSettings(side=0), progress=False)
-    source = open_source(str(tmp_path / "set"))
+    source, later = (open_source(str(tmp_path / "set")) for _ in range(2))
     module = record_files.array_record_module
 
     class Refusing:
@@ -173,21 +174,23 @@ def test_a_shard_that_cannot_be_opened(tmp_path, monkeypatch, waits):
     assert len(waits) == 1
     Refusing.left = 10**9
     with pytest.raises(UnreadableImage, match="Connection timed out") as caught:
-        open_source(str(tmp_path / "set")).read(1)
+        later.read(1)
     assert caught.value.reason == NO_ACCESS
+    with pytest.raises(OSError, match="Connection timed out"):
+        open_source(str(tmp_path / "set"))
 
 
 def test_a_system_that_refuses_a_shard_is_no_broken_image(tmp_path, monkeypatch, waits):
     """Also in words that are not known to pass."""
     listed = open_source(write_list(tmp_path / "list", 4))
     convert(listed, tmp_path / "set", ConvertSettings(side=0), progress=False)
-    opened = record_files.opened
+    source, opened = open_source(str(tmp_path / "set")), record_files.opened
     said = "pread() failed: Key has expired; reading {1}"
     monkeypatch.setattr(
         record_files, "opened", lambda path: Reader(opened(path), path, 10**9, said)
     )
     with pytest.raises(UnreadableImage, match="Key has expired") as caught:
-        open_source(str(tmp_path / "set")).read(1)
+        source.read(1)
     assert caught.value.reason == NO_ACCESS
     assert waits == []
 
