@@ -130,6 +130,11 @@ start() {
       -m protoclip_jax.main "$@" </dev/null >"$runs/$run/log" 2>&1 8>&- &
     echo $! >"$runs/$run/leader"
     exec 9>&-
+    # Until its session is its own, what ends this connection would end the run with it.
+    for _ in {1..100}; do
+      if kill -0 -- "-$!" 2>/dev/null || ! kill -0 "$!" 2>/dev/null; then break; fi
+      sleep 0.02
+    done
   fi
   status "$run"
 }
