@@ -79,6 +79,8 @@ state_of() {
     cat "$folder/exit-0"
   elif held "$1"; then
     echo running
+  elif [ -f "$folder/exit-0" ]; then # it ended between the two looks
+    cat "$folder/exit-0"
   else
     echo 137 # it went without a word: the machine was restarted
   fi

@@ -196,6 +196,25 @@ def test_asking_together_is_no_run(machine):
     assert {finished(p).stdout for p in processes} == {"protoclip_jax-run a 137\n"}
 
 
+def test_a_run_that_ends_while_it_is_asked_for_did_not_die(tmp_path):
+    """Between the look for its exit code and the look at its lock."""
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    (tmp_path / "runs" / "last").write_text("a\n")
+    flock = tmp_path / "flock"
+    flock.write_text(f'#!/bin/sh\n[ "$1" != --nonblock ] || echo 0 >{tmp_path}/runs/a/exit-0\n')
+    flock.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    answer = subprocess.run(
+        ["bash", "launch/worker.sh", "status"],
+        cwd=ROOT,
+        env=os.environ | {"PATH": path, "RUNS": str(tmp_path / "runs")},
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
+    assert answer.stdout == "protoclip_jax-run a 0\n", answer.stderr
+
+
 def test_log_is_followed_from_a_byte_on(machine):
     machine.plans("after go 0")
     runs(machine, "start", "a")

@@ -88,7 +88,7 @@ def test_lost_connection_neither_ends_nor_doubles_the_run(pod):
     (pod.plan / "go").touch()
     result = finished(process)
     assert result.returncode == 0, result.stderr
-    assert pod.starts(0) == pod.starts(1) == 1
+    assert pod.starts(0) == pod.starts(1) == 1, result.stderr
     assert "asking again" in result.stderr
     # Each line of the log once, whatever was repeated.
     assert result.stdout.splitlines() == ["process 0, start 1"]
