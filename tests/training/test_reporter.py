@@ -10,6 +10,7 @@ import pytest
 from tiny_run import small_config
 
 from protoclip_jax.data.image_warnings import NOTES
+from protoclip_jax.data.pair_list import PairList
 from protoclip_jax.data.sources import open_source
 from protoclip_jax.data.teacher import open_teacher
 from protoclip_jax.data.unreadable import UnreadableLog, odd_code
@@ -256,3 +257,15 @@ def test_what_a_list_leaves_out_and_repeats_is_told(told, tmp_path):
     (told_of,) = warnings(told)
     assert "1 of 3 pairs repeat an earlier one's picture and caption" in told_of
     assert "negatives" in told_of
+
+
+def test_start_tells_of_captions_that_are_one_text(told, tmp_path):
+    path = tmp_path / "pairs.tsv"
+    for captions, count in (
+        (["nan"] * 12 + ["a dog"] * 4, 1),
+        ([f"dog {n}" for n in range(16)], 0),
+    ):
+        rows = [f"{number}.png\t{caption}\n" for number, caption in enumerate(captions)]
+        path.write_text("filepath\ttitle\n" + "".join(rows))
+        lines = module.source_lines(small_config(path), PairList(str(path)), None)
+        assert sum("12 of 16 captions looked at are 'nan'" in line for line in lines) == count
